@@ -1,0 +1,244 @@
+"""Find the decoder layers, the final norm and the unembedding of a model by structure, and prove the finding.
+
+There is no table of class names here. The decoder layers are the module list that sits beside the input
+embeddings; the final norm is the module beside them that turns the output of the last layer into the input of
+the unembedding. Structure only proposes: `prove_stack` runs one batch and checks that the proposed states are
+the ones that the model computes and that norm and unembedding reproduce the model's own logits. On doubt both
+functions raise `StackError` and list the candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StackError(ValueError):
+    """The decoder stack or its read-out was not found, or the model computes something else than was found."""
+
+
+@dataclass(frozen=True)
+class DecoderStack:
+    """Where a model keeps what layer selection reads; modules are references into the model, never copies."""
+
+    backbone: nn.Module  # owns embeddings, layers and final norm; called with input_ids
+    backbone_name: str  # dotted name in the model, "" for the model itself
+    layers: tuple[nn.Module, ...]  # decoder layers 0..L-1, input side first
+    layers_name: str  # dotted name of their module list, e.g. "model.layers"
+    final_norm: nn.Module
+    final_norm_name: str
+    head: nn.Module  # unembedding, weight of shape (V, D)
+    head_name: str
+    embeddings: nn.Module
+    embeddings_name: str
+    tied: bool  # the unembedding shares its weight with the input embeddings
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of decoder layers; there are L + 1 latent states."""
+        return len(self.layers)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside torch's activation-checkpoint wrapper, or the module itself."""
+    return getattr(module, "_checkpoint_wrapped_module", module)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden state in what a decoder layer was given or returned: a tensor, or the first tensor of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (tuple, list)):
+        for item in output:
+            if isinstance(item, Tensor):
+                return item
+    raise StackError(f"a decoder layer handed on {type(output).__name__}, which holds no tensor at its top level")
+
+
+def find_stack(model: nn.Module) -> DecoderStack:
+    """Propose the decoder stack of a causal language model that transformers loaded, before or after PEFT wraps it.
+
+    Args:
+        model: anything with `get_input_embeddings` and `get_output_embeddings`.
+
+    Raises:
+        StackError: there is no unembedding, no module list beside the embeddings, or no final norm.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if embeddings is None or id(embeddings) not in names:
+        raise StackError(f"{type(model).__name__} names no input embeddings; layer selection needs a decoder model")
+    if head is None or id(head) not in names:
+        raise StackError(
+            f"{type(model).__name__} has no unembedding (LM head), so labels have no semantic basis; "
+            "allowed are causal language models"
+        )
+    embeddings_name, head_name = names[id(embeddings)], names[id(head)]
+    backbone_name, backbone = _backbone(model, embeddings_name)
+    lists = list(_layer_lists(backbone))
+    if not lists:
+        raise StackError(
+            f"no list of decoder layers beside {embeddings_name!r} in {type(model).__name__}; "
+            f"module lists in the model: {_all_lists(model)}"
+        )
+    list_name, layers = max(lists, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+    norm_name, norm = _final_norm(backbone, list_name)
+    prefix = f"{backbone_name}." if backbone_name else ""
+    return DecoderStack(
+        backbone=backbone,
+        backbone_name=backbone_name,
+        layers=tuple(layers),
+        layers_name=prefix + list_name,
+        final_norm=norm,
+        final_norm_name=prefix + norm_name,
+        head=head,
+        head_name=head_name,
+        embeddings=embeddings,
+        embeddings_name=embeddings_name,
+        tied=_shares_weight(embeddings, head),
+    )
+
+
+def _shares_weight(embeddings: nn.Module, head: nn.Module) -> bool:
+    one, other = getattr(embeddings, "weight", None), getattr(head, "weight", None)
+    return one is not None and one is other
+
+
+def _backbone(model: nn.Module, embeddings_name: str) -> tuple[str, nn.Module]:
+    """The nearest module around the embeddings that also owns a list of layers."""
+    name = embeddings_name
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if next(_layer_lists(module), None) is not None:
+            return name, module
+    raise StackError(
+        f"no module around {embeddings_name!r} owns a list of layers; module lists in the model: {_all_lists(model)}"
+    )
+
+
+def _layer_lists(module: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) and all(_has_weights(layer) for layer in child):
+            yield name, child
+
+
+def _has_weights(layer: nn.Module) -> bool:
+    return next(layer.parameters(), None) is not None
+
+
+def _all_lists(model: nn.Module) -> str:
+    found = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    return ", ".join(found) or "none"
+
+
+def _final_norm(backbone: nn.Module, list_name: str) -> tuple[str, nn.Module]:
+    """The one child of the backbone after its layers whose parameters are all vectors: a norm."""
+    children = dict(backbone.named_children())
+    after = list(children)[list(children).index(list_name) + 1 :]
+    norms = [n for n in after if _has_weights(children[n]) and all(p.dim() == 1 for p in children[n].parameters())]
+    if not norms:
+        raise StackError(f"no final norm after {list_name!r}; candidates were {list(children)}")
+    return norms[0], children[norms[0]]
+
+
+def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Check on one batch that the model computes what `stack` says; gradients are not needed.
+
+    The input of layer i+1 must be the output of layer i, the input of the final norm the output of the last layer,
+    and head(norm(h_L)) must order the vocabulary as the model's own logits do: equal up to scale, soft-cap or bias,
+    which are monotone.
+
+    Args:
+        model: in eval mode, under the precision that it will be scored in.
+        input_ids: (B, T) int64; attention_mask: (B, T).
+
+    Raises:
+        StackError: with the first check that failed and what the model did instead.
+    """
+    seen: dict[str, Tensor] = {}
+    order: list[int] = []
+    mismatch: list[str] = []
+    handles = []
+
+    def into(index: int):
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            order.append(index)
+            state = first_tensor(args if args else kwargs.get("hidden_states"))
+            if "state" in seen and not _same(seen["state"], state):
+                mismatch.append(f"the input of layer {index} is not the output of the layer before it")
+
+        return hook
+
+    def out_of(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen["state"] = first_tensor(output)
+
+    def into_norm(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if "state" in seen and not _same(seen["state"], args[0]):
+            mismatch.append(f"the input of {stack.final_norm_name} is not the output of the last layer")
+
+    def out_of_norm(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen["normed"] = first_tensor(output)
+
+    try:
+        for index, layer in enumerate(stack.layers):
+            handles.append(layer.register_forward_pre_hook(into(index), with_kwargs=True))
+            handles.append(layer.register_forward_hook(out_of))
+        handles.append(stack.final_norm.register_forward_pre_hook(into_norm))
+        handles.append(stack.final_norm.register_forward_hook(out_of_norm))
+        with torch.no_grad():
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if order != list(range(stack.num_layers)):
+        mismatch.append(f"its layers ran in the order {order}")
+    if "normed" not in seen:
+        mismatch.append(f"{stack.final_norm_name} did not run")
+    if mismatch:
+        raise StackError(f"{type(model).__name__}: {mismatch[0]}; found were {_describe(stack)}")
+    if seen["state"].dim() != 3:
+        raise StackError(
+            f"{type(model).__name__}: the layers hand on a tensor of shape {tuple(seen['state'].shape)}; "
+            "allowed is (batch, position, hidden)"
+        )
+    keep = attention_mask.bool()
+    with torch.no_grad():
+        ours_NV = stack.head(seen["normed"][keep]).float()
+    _check_monotone(ours_NV, logits[keep].float(), type(model).__name__, stack)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
+
+
+def _describe(stack: DecoderStack) -> str:
+    return (
+        f"{stack.num_layers} decoder layers at {stack.layers_name!r}, final norm {stack.final_norm_name!r}, "
+        f"unembedding {stack.head_name!r}"
+    )
+
+
+def _check_monotone(ours_NV: Tensor, theirs_NV: Tensor, model_name: str, stack: DecoderStack) -> None:
+    if ours_NV.shape[-1] != theirs_NV.shape[-1]:
+        raise StackError(
+            f"{model_name}: {stack.head_name!r} gives {ours_NV.shape[-1]} logits, the model {theirs_NV.shape[-1]}"
+        )
+    if not torch.isfinite(theirs_NV).all():
+        return
+    order = ours_NV.argsort(dim=-1)
+    sorted_theirs = theirs_NV.gather(-1, order)
+    drop = (sorted_theirs[:, :-1] - sorted_theirs[:, 1:]).clamp(min=0).amax(dim=-1)
+    spread = (sorted_theirs.amax(dim=-1) - sorted_theirs.amin(dim=-1)).clamp(min=torch.finfo(torch.float32).tiny)
+    # One part in 64 of the spread is the rounding of bfloat16 logits, taken twice.
+    worst = float((drop / spread).max()) if drop.numel() else 0.0
+    if worst > 1 / 64:
+        raise StackError(
+            f"{model_name}: norm and unembedding do not reproduce the model's logits (order broken by {worst:.3f} of "
+            f"their spread); found were {_describe(stack)}"
+        )
