@@ -4,18 +4,16 @@ Importing this package imports neither torch nor axolotl; `LayerSelPlugin` is re
 Read `pipeline.py` first: it is the method on one page.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 __all__ = ["LayerSelPlugin", "__version__"]
 
+# Every Python program of the environment executes this file (see `_startup.py`), and `typing` would be its main cost.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from axolotl_layersel.plugin import LayerSelPlugin
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "LayerSelPlugin":
         from axolotl_layersel.plugin import LayerSelPlugin
 
