@@ -66,6 +66,12 @@ class Batch:
     attention_mask: Tensor
     targets: Tensor  # label of the *next* position, -100 where a position is not scored
 
+    def halves(self) -> list[Batch]:
+        """The batch in two, or itself where it has one row."""
+        middle = len(self.rows) // 2
+        parts = [slice(0, middle), slice(middle, None)] if middle else [slice(None)]
+        return [Batch(self.rows[p], self.input_ids[p], self.attention_mask[p], self.targets[p]) for p in parts]
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return Batch(self.rows, *(t.to(device) for t in (self.input_ids, self.attention_mask, self.targets)))

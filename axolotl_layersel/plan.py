@@ -59,3 +59,149 @@ class Plan:
     def trainable_layers(self) -> list[int]:
         """Indices of the decoder layers that are trained, input side first."""
         return list(range(self.first_trainable, self.num_layers))
+
+    def to_json(self) -> str:
+        """The plan file's text: stable key order, two-space indent, finite numbers only."""
+        values = dataclasses.asdict(self)
+        ordered = {
+            "schema_version": values.pop("schema_version"),
+            "created_by": values.pop("created_by"),
+            **{name: values.pop(name) for name in ("base_model", "revision", "adapter", "num_layers")},
+            "first_trainable": values.pop("first_trainable"),
+            "trainable_layers": self.trainable_layers,
+            **values,
+        }
+        return json.dumps(ordered, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str) -> Plan:
+        """Read a plan's text.
+
+        Args:
+            source: named in errors.
+
+        Raises:
+            PlanError: not JSON, not a plan, another schema version, or values that contradict each other.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"{source} is not a plan: {error}. Score again to write a new one") from error
+        if not isinstance(values, dict) or "schema_version" not in values:
+            raise PlanError(f"{source} is not a plan: it has no schema_version. Give the path of a plan.json")
+        if values["schema_version"] != SCHEMA_VERSION:
+            raise PlanError(
+                f"{source} has schema_version {values['schema_version']!r}; this version reads {SCHEMA_VERSION}. "
+                "Score again, or install the version of axolotl-layersel that wrote it: "
+                f"{values.get('created_by', {})}"
+            )
+        listed = values.pop("trainable_layers", None)
+        known = {f.name for f in dataclasses.fields(cls)}
+        required = {"base_model", "adapter", "num_layers", "first_trainable"}
+        if unknown := sorted(set(values) - known):
+            raise PlanError(f"{source} has the unknown keys {unknown}; a plan has {sorted(known)}")
+        if missing := sorted(required - set(values)):
+            raise PlanError(f"{source} lacks the keys {missing}; it was cut off or edited. Score again")
+        _check_types(values, source)
+        plan = cls(**values)
+        if listed != plan.trainable_layers:
+            raise PlanError(
+                f"{source} was edited: trainable_layers is {listed}, but first_trainable {plan.first_trainable} of "
+                f"{plan.num_layers} layers means {plan.trainable_layers}"
+            )
+        return plan
+
+    def check_fits(self, *, base_model: str, adapter: str | None, num_layers: int, source: str) -> None:
+        """Refuse to apply a plan to anything but what it was made for.
+
+        Raises:
+            PlanError: with the plan's value and the run's.
+        """
+        pairs = {
+            "base_model": (self.base_model, base_model),
+            "adapter": (self.adapter, adapter),
+            "num_layers": (self.num_layers, num_layers),
+        }
+        for name, (planned, actual) in pairs.items():
+            if planned != actual:
+                raise PlanError(
+                    f"{source} was made for {name} {planned!r}, this run has {actual!r}. Score again, or give the cut "
+                    "alone with `layersel: {first_layer: ...}`"
+                )
+
+
+_NUMBER = (int, float)
+
+
+def _check_types(values: dict[str, Any], source: str) -> None:
+    """Types and lengths of what a plan carries: a file may have been edited by hand."""
+
+    def refuse(name: str, allowed: str) -> None:
+        raise PlanError(f"{source}: {name} is {values.get(name)!r}; allowed is {allowed}. Score again")
+
+    for name in ("num_layers", "first_trainable"):
+        if not isinstance(values[name], int) or isinstance(values[name], bool):
+            refuse(name, "a whole number")
+    if not isinstance(values["base_model"], str):
+        refuse("base_model", "a string")
+    if values["adapter"] not in ("lora", "qlora", None):
+        refuse("adapter", '"lora", "qlora" or null')
+    for name in ("weight", "gain", "retention"):
+        numbers = values.get(name)
+        if numbers is not None and not _numbers(numbers, values["num_layers"]):
+            refuse(name, f"{values['num_layers']} finite numbers or null")
+    for name in ("created_by", "options", "config_updates"):
+        if not isinstance(values.get(name, {}), dict):
+            refuse(name, "a mapping")
+    for name in ("deviation", "stability", "row_cuts", "prediction", "sample"):
+        if not isinstance(values.get(name), dict | None):
+            refuse(name, "a mapping or null")
+    for name, numbers in (values.get("deviation") or {}).items():
+        if not _numbers(numbers, values["num_layers"] + 1):
+            raise PlanError(f"{source}: deviation {name} is not {values['num_layers'] + 1} finite numbers. Score again")
+
+
+def _numbers(values: Any, length: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == length
+        and all(isinstance(v, _NUMBER) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, never a part: same folder, flush, rename.
+
+    Raises:
+        OSError: the folder cannot be written; the old file, if any, is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan file, or the plan in a run's output folder or checkpoint.
+
+    Raises:
+        PlanError: no such file, or not a plan.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / PLAN_FILE if (path / PLAN_FILE).exists() else path / PLAN_FOLDER / PLAN_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"the plan {str(path)!r} cannot be read ({error}); give the path of a plan.json, or remove `plan:` to score"
+        ) from error
+    return Plan.from_json(text, source=str(path))

@@ -147,7 +147,7 @@ def _final_norm(backbone: nn.Module, list_name: str) -> tuple[str, nn.Module]:
     return norms[0], children[norms[0]]
 
 
-def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor, attention_mask: Tensor) -> None:
+def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> None:
     """Check on one batch that the model computes what `stack` says; gradients are not needed.
 
     The input of layer i+1 must be the output of layer i, the input of the final norm the output of the last layer,
@@ -156,7 +156,7 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor, att
 
     Args:
         model: in eval mode, under the precision that it will be scored in.
-        input_ids: (B, T) int64; attention_mask: (B, T).
+        input_ids: (B, T) int64, without padding.
 
     Raises:
         StackError: with the first check that failed and what the model did instead.
@@ -192,14 +192,19 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor, att
         handles.append(stack.final_norm.register_forward_pre_hook(into_norm))
         handles.append(stack.final_norm.register_forward_hook(out_of_norm))
         with torch.no_grad():
-            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            whole, ran = dict(seen), list(order)
+            seen.clear()
+            stack.backbone(input_ids=input_ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    if order != list(range(stack.num_layers)):
-        mismatch.append(f"its layers ran in the order {order}")
-    if "normed" not in seen:
+    if ran != list(range(stack.num_layers)):
+        mismatch.append(f"its layers ran in the order {ran}")
+    if "normed" not in whole:
         mismatch.append(f"{stack.final_norm_name} did not run")
+    elif not torch.allclose(whole["state"].float(), seen["state"].float(), rtol=1e-3, atol=1e-3):
+        mismatch.append(f"{stack.backbone_name or 'the backbone'} alone computes other states than the whole model")
     if mismatch:
         raise StackError(f"{type(model).__name__}: {mismatch[0]}; found were {_describe(stack)}")
     if seen["state"].dim() != 3:
@@ -207,10 +212,9 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor, att
             f"{type(model).__name__}: the layers hand on a tensor of shape {tuple(seen['state'].shape)}; "
             "allowed is (batch, position, hidden)"
         )
-    keep = attention_mask.bool()
     with torch.no_grad():
-        ours_NV = stack.head(seen["normed"][keep]).float()
-    _check_monotone(ours_NV, logits[keep].float(), type(model).__name__, stack)
+        ours_BTV = stack.head(whole["normed"]).float()
+    _check_monotone(ours_BTV.flatten(0, 1), logits.float().flatten(0, 1), type(model).__name__, stack)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 _TINY = 1e-12  # keeps the direction of a zero vector defined; far below the norm of any latent state
 
-Deviation = Callable[[Tensor, Tensor], Tensor]  # (states_ND, labels_N) -> (N,)
+Deviation = Callable[[Tensor, Tensor, Tensor], Tensor]  # (states_ND, labels_N, bases_ND) -> (N,)
 
 
 def cosine_deviation(states_ND: Tensor, bases_ND: Tensor) -> Tensor:
@@ -101,6 +101,17 @@ class RowStatistics:
         return RowStatistics(*(getattr(self, name)[order] for name in self.__dataclass_fields__))
 
     @staticmethod
+    def empty(num_layers: int) -> RowStatistics:
+        """No rows: what a process measured that had none."""
+        return RowStatistics(
+            np.zeros(0, dtype=np.int64),
+            np.zeros(0),
+            np.zeros((0, num_layers + 1)),
+            np.zeros((0, num_layers)),
+            np.zeros(0),
+        )
+
+    @staticmethod
     def merge(parts: list[RowStatistics]) -> RowStatistics:
         """Statistics of all parts together, ordered by row: parts may come from other batches or processes."""
         names = RowStatistics.__dataclass_fields__
@@ -134,7 +145,7 @@ class TransitionMeter:
 
     def add(self, state: int, states_ND: Tensor) -> None:
         """Measure latent state `state` (0..L) of the scored tokens, already read through the final norm, float32."""
-        self._deviation_RS[:, state] = self._sum(self._deviation(states_ND, self._labels_N))
+        self._deviation_RS[:, state] = self._sum(self._deviation(states_ND, self._labels_N, self._bases_ND))
         if self._before_ND is not None:
             virtual_ND = virtual_transition(self._before_ND, self._bases_ND)
             miss_N = transition_miss(factual_transition(self._before_ND, states_ND), virtual_ND)

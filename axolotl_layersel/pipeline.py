@@ -1,0 +1,255 @@
+"""The method on one page: rows -> latent states -> deviations -> gains -> a suffix of layers.
+
+    find the decoder stack; prove that final norm and unembedding reproduce the model's logits     stack.py
+    the semantics of the labels: bases in latent space                                              semantics.py
+    one forward pass over the calibration sample, state by state                                    trace.py
+        how far is each state from the semantics of its label, and how much of each
+        layer's factual transition misses the virtual one                                           transition.py
+    deviations -> weights -> predicted retention of every suffix -> gain of every layer             gain.py
+    policy, coverage, budget -> the cut, and how stable it is over rows                             selection.py
+
+Sources and what is our own: the docstrings there. Nothing here knows axolotl.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from axolotl_layersel import gain as gains
+from axolotl_layersel import selection
+from axolotl_layersel.calibration import IGNORED, Batch, Row, batches
+from axolotl_layersel.semantics import SemanticBases, semantic_bases, unembedding_weight
+from axolotl_layersel.stack import DecoderStack, find_stack, prove_stack
+from axolotl_layersel.trace import left_as_found, read_states
+from axolotl_layersel.transition import (
+    Deviation,
+    RowStatistics,
+    TransitionMeter,
+    cosine_deviation,
+    fit_temperature,
+    logit_lens_loss,
+    semantic_loss,
+)
+
+LOG = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # rows done, tokens done
+Gather = Callable[[RowStatistics], list[RowStatistics]]  # every process's statistics, on every process
+
+
+class ScoringError(ValueError):
+    """The model or a row gives numbers from which no layer can be selected."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one scoring pass found. Lists are by decoder layer (L) or latent state (L + 1), input side first."""
+
+    first_trainable: int  # k
+    deviation: list[float]  # L + 1
+    deviation_stderr: list[float]  # L + 1, rows as the independent units
+    weight: list[float]  # L, sum 1
+    gain: list[float]  # L, sum 1
+    retention: list[float]  # L, entry 0 is 1
+    stability: dict[int, float]  # cut -> share of bootstrap resamples
+    row_cuts: dict[int, int]  # cut -> number of single rows
+    tokens: int  # scored tokens
+    loss: float  # cross-entropy of the model on the sample before training, nats per token
+
+
+def score_layers(
+    model: nn.Module,
+    rows: Sequence[Row],
+    *,
+    deviation: str = "cosine",
+    gain: str = "remaining",
+    policy: str = "coverage",
+    coverage: float = 0.95,
+    budget: int | float = 1.0,
+    min_layers: int = 1,
+    seed: int = 42,
+    batch_tokens: int = 4096,
+    autocast: torch.dtype | None = None,
+    share: tuple[int, int] = (0, 1),
+    gather: Gather = lambda own: [own],
+    progress: Progress = lambda rows, tokens: None,
+) -> Scores:
+    """Score every decoder layer on `rows` and choose the suffix to train.
+
+    Args:
+        model: a causal language model as transformers loads it, quantised or not, on the device to run on.
+        rows: the calibration sample, the same on every process.
+        deviation, gain, policy, coverage, budget, min_layers: see `args.LayerSelOptions`.
+        seed: of the bootstrap.
+        batch_tokens: padded tokens in one forward pass.
+        autocast: the trainer's autocast dtype, None for full precision.
+        share: (rank, world size); this process runs rows rank, rank + world size, ...
+        gather: collects the statistics of all processes.
+        progress: called after each batch with the rows and tokens done here.
+
+    Raises:
+        StackError, ScoringError, ValueError: the run must stop; nothing was changed.
+    """
+    stack = find_stack(model)
+    selection.most_layers(budget, num_layers=stack.num_layers, min_layers=min_layers)
+    mine = range(share[0], len(rows), share[1])
+    with left_as_found(model, autocast=autocast):
+        parts = measure(model, stack, rows, mine, deviation=deviation, batch_tokens=batch_tokens, progress=progress)
+    statistics = RowStatistics.merge(gather(parts))
+
+    def curves(counts_BR: Any = None) -> tuple[Any, Any]:
+        weight = gains.layer_weights(
+            gain,
+            deviation_S=statistics.mean(statistics.deviation_RS, counts_BR),
+            miss_L=statistics.mean(statistics.miss_RL, counts_BR),
+        )
+        return weight, gains.retention(weight, exponent=gains.RETENTION_EXPONENT)
+
+    def choose(weight_L: Any, retention_L: Any) -> int:
+        return selection.select_cut(
+            policy=policy,
+            weight_L=weight_L,
+            retention_L=retention_L,
+            coverage=coverage,
+            budget=budget,
+            min_layers=min_layers,
+        )
+
+    weight_L, retention_L = curves()
+    num_rows = len(statistics.rows_R)
+    resampled = selection.cuts_of(*curves(selection.bootstrap_counts(num_rows, seed=seed)), choose)
+    single = selection.cuts_of(*curves(np.eye(num_rows)), choose)
+    return Scores(
+        first_trainable=choose(weight_L, retention_L),
+        deviation=statistics.mean(statistics.deviation_RS).tolist(),
+        deviation_stderr=statistics.stderr(statistics.deviation_RS).tolist(),
+        weight=weight_L.tolist(),
+        gain=gains.marginal_gain(retention_L).tolist(),
+        retention=retention_L.tolist(),
+        stability={cut: count / len(resampled) for cut, count in selection.tally(resampled).items()},
+        row_cuts=selection.tally(single),
+        tokens=int(statistics.tokens_R.sum()),
+        loss=float(statistics.mean(statistics.loss_R[:, None])[0]),
+    )
+
+
+def measure(
+    model: nn.Module,
+    stack: DecoderStack,
+    rows: Sequence[Row],
+    indices: Sequence[int],
+    *,
+    deviation: str,
+    batch_tokens: int,
+    progress: Progress = lambda rows, tokens: None,
+) -> RowStatistics:
+    """Statistics of `rows[indices]` from one forward pass each; out of memory halves the batch and goes on."""
+    device = next(stack.embeddings.parameters()).device
+    bases = semantic_bases(unembedding_weight(stack.head))
+    norm = copy.deepcopy(stack.final_norm).float()  # read in float32 whatever the model's dtype
+    pending = list(batches(rows, indices, batch_tokens=batch_tokens))
+    parts = [RowStatistics.empty(stack.num_layers)]
+    tokens = 0
+    measured = None
+    while pending:
+        batch = pending.pop(0)
+        try:
+            on_device = batch.to(device)
+            if measured is None:
+                prove_stack(model, stack, input_ids=on_device.input_ids[:1, :64])
+                measured = _deviation(deviation, stack, on_device, bases=bases, norm=norm)
+            part = _measure_batch(stack, on_device, bases=bases, norm=norm, deviation=measured)
+        except torch.OutOfMemoryError:
+            if len(batch.rows) == 1:
+                raise
+            LOG.warning("out of memory with %d rows in a batch; scoring goes on with half of them", len(batch.rows))
+            pending = [*batch.halves(), *(half for b in pending for half in b.halves())]
+            continue
+        _check_finite(part, model)
+        parts.append(part)
+        tokens += int(batch.attention_mask.sum())
+        progress(sum(len(p.rows_R) for p in parts), tokens)
+    return RowStatistics.merge(parts)
+
+
+def _measure_batch(
+    stack: DecoderStack, batch: Batch, *, bases: SemanticBases, norm: nn.Module, deviation: Deviation
+) -> RowStatistics:
+    scored_BT = batch.targets != IGNORED
+    labels_N = batch.targets[scored_BT]
+    meter = TransitionMeter(
+        num_layers=stack.num_layers,
+        labels_N=labels_N,
+        rows_N=scored_BT.nonzero()[:, 0],
+        num_rows=len(batch.rows),
+        bases_ND=bases.of(labels_N),
+        deviation=deviation,
+    )
+    last: list[Tensor] = []
+
+    def reader(state: int, hidden_BTD: Tensor) -> None:
+        states_ND = _read(norm, hidden_BTD[scored_BT.to(hidden_BTD.device)])
+        meter.add(state, states_ND.to(labels_N.device))
+        last[:] = [states_ND]
+
+    read_states(stack, input_ids=batch.input_ids, attention_mask=batch.attention_mask, reader=reader)
+    with torch.autocast(labels_N.device.type, enabled=False):
+        loss_N = logit_lens_loss(last[0].to(labels_N.device), labels_N, bases.weight_VD)
+    return meter.finish(rows=list(batch.rows), loss_N=loss_N)
+
+
+def _read(norm: nn.Module, hidden_ND: Tensor) -> Tensor:
+    """r = N(h) in float32, outside of autocast."""
+    parameter = next(norm.parameters())
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        states_ND: Tensor = norm(hidden_ND.to(parameter))
+    return states_ND
+
+
+def _deviation(
+    name: str, stack: DecoderStack, batch: Batch, *, bases: SemanticBases, norm: nn.Module
+) -> Deviation:
+    """The state deviation of that name; `semantic_loss` fits its temperature on the last space of this batch."""
+    if name == "cosine":
+        return lambda states_ND, labels_N, bases_ND: cosine_deviation(states_ND, bases_ND)
+    if name == "logit_lens":
+        return lambda states_ND, labels_N, bases_ND: logit_lens_loss(states_ND, labels_N, bases.weight_VD)
+    if name != "semantic_loss":
+        raise ValueError(f"deviation is {name!r}; allowed are cosine, semantic_loss, logit_lens")
+    unit_bases_VD = F.normalize(bases.all(), dim=-1)
+    scored_BT = batch.targets != IGNORED
+    last: list[Tensor] = []
+
+    def reader(state: int, hidden_BTD: Tensor) -> None:
+        if state == stack.num_layers:
+            last.append(_read(norm, hidden_BTD[scored_BT]))
+
+    read_states(stack, input_ids=batch.input_ids, attention_mask=batch.attention_mask, reader=reader)
+    temperature = fit_temperature(last[0], batch.targets[scored_BT], unit_bases_VD)
+    return lambda states_ND, labels_N, bases_ND: semantic_loss(
+        states_ND, labels_N, unit_bases_VD, temperature=temperature
+    )
+
+
+def _check_finite(part: RowStatistics, model: nn.Module) -> None:
+    finite_R = np.isfinite(part.deviation_RS).all(axis=1) & np.isfinite(part.miss_RL).all(axis=1)
+    if finite_R.all():
+        return
+    broken = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+    cause = (
+        f"the parameter {broken!r} holds NaN or Inf: check the checkpoint that base_model names"
+        if broken
+        else "all parameters are finite, so the forward pass overflows: try bf16 instead of fp16, or look at these rows"
+    )
+    raise ScoringError(
+        f"rows {part.rows_R[~finite_R].tolist()} of the calibration sample give latent states that are not finite; {cause}"
+    )

@@ -1,0 +1,84 @@
+"""From gains to a suffix of decoder layers, and how stable that choice is under resampling of the rows.
+
+A cut k means: layers 0..k-1 are frozen, k..L-1 are trained. Ties go to the input side (more is trained).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+RESAMPLES = 1_000
+
+
+def most_layers(budget: int | float, *, num_layers: int, min_layers: int) -> int:
+    """The largest number of layers that a budget allows.
+
+    Args:
+        budget: an int counts layers, a float in (0, 1] is a fraction of them (rounded down).
+
+    Raises:
+        ValueError: the budget allows fewer than `min_layers`, or `min_layers` more than there are.
+    """
+    if min_layers > num_layers:
+        raise ValueError(
+            f"min_layers is {min_layers}; the model has {num_layers} decoder layers: lower it to {num_layers} or less"
+        )
+    # 1e-9 keeps a fraction such as 0.7 of 10 layers from being rounded down to 6.
+    allowed = min(budget, num_layers) if isinstance(budget, int) else math.floor(budget * num_layers + 1e-9)
+    if allowed < min_layers:
+        raise ValueError(
+            f"budget is {budget}, which is {allowed} of {num_layers} decoder layers, and min_layers is {min_layers}: "
+            f"allowed is a budget of at least {min_layers} layers; raise budget or lower min_layers"
+        )
+    return int(allowed)
+
+
+def select_cut(
+    *, policy: str, weight_L: Array, retention_L: Array, coverage: float, budget: int | float, min_layers: int
+) -> int:
+    """The first trainable layer.
+
+    Args:
+        policy: `coverage`, the smallest suffix whose predicted retention is at least `coverage`; `peak_gain`, freeze
+            through the layer of maximum weight (SALF's end of freezing); `budget`, the largest suffix allowed.
+        weight_L: weights; retention_L: predicted retention of training layers j..L-1.
+        budget, min_layers: bounds of the suffix in every policy.
+
+    Raises:
+        ValueError: unknown policy, values that are not finite, or bounds that leave no suffix.
+    """
+    if not (np.isfinite(weight_L).all() and np.isfinite(retention_L).all()):
+        raise ValueError("a gain is not finite; a run stops here because no layer can be selected from it")
+    num_layers = len(weight_L)
+    largest = most_layers(budget, num_layers=num_layers, min_layers=min_layers)
+    first, last = num_layers - largest, num_layers - min_layers  # the cuts that the bounds allow
+    if policy == "coverage":
+        wanted = int(np.flatnonzero(retention_L >= coverage)[-1])
+    elif policy == "peak_gain":
+        wanted = int(np.argmax(weight_L)) + 1
+    elif policy == "budget":
+        wanted = first
+    else:
+        raise ValueError(f"policy is {policy!r}; allowed are coverage, peak_gain, budget")
+    return max(min(wanted, last), first)
+
+
+def bootstrap_counts(num_rows: int, *, seed: int, resamples: int = RESAMPLES) -> Array:
+    """How often each row occurs in each resample, (B, R), drawn with replacement; equal seeds, equal draws."""
+    return np.random.default_rng(seed).multinomial(num_rows, np.full(num_rows, 1.0 / num_rows), size=resamples) * 1.0
+
+
+def tally(cuts: Sequence[int]) -> dict[int, int]:
+    """How often each cut occurs, by cut."""
+    return dict(sorted(Counter(cuts).items()))
+
+
+def cuts_of(weight_BL: Array, retention_BL: Array, choose: Callable[[Array, Array], int]) -> list[int]:
+    """The cut of each resample or row."""
+    return [choose(w, r) for w, r in zip(weight_BL, retention_BL, strict=True)]
