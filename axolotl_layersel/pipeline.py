@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ from axolotl_layersel.transition import (
 LOG = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # rows done, tokens done
-Gather = Callable[[RowStatistics], list[RowStatistics]]  # every process's statistics, on every process
+Together = Callable[[Callable[[], RowStatistics]], list[RowStatistics]]  # do it everywhere, get everybody's result
 
 
 class ScoringError(ValueError):
@@ -64,6 +64,7 @@ class Scores:
     row_cuts: dict[int, int]  # cut -> number of single rows
     tokens: int  # scored tokens
     loss: float  # cross-entropy of the model on the sample before training, nats per token
+    notes: tuple[str, ...] = ()  # what the user should know about this choice
 
 
 def score_layers(
@@ -80,7 +81,7 @@ def score_layers(
     batch_tokens: int = 4096,
     autocast: torch.dtype | None = None,
     share: tuple[int, int] = (0, 1),
-    gather: Gather = lambda own: [own],
+    together: Together = lambda work: [work()],
     progress: Progress = lambda rows, tokens: None,
 ) -> Scores:
     """Score every decoder layer on `rows` and choose the suffix to train.
@@ -93,7 +94,7 @@ def score_layers(
         batch_tokens: padded tokens in one forward pass.
         autocast: the trainer's autocast dtype, None for full precision.
         share: (rank, world size); this process runs rows rank, rank + world size, ...
-        gather: collects the statistics of all processes.
+        together: does the measuring on all processes and collects what they measured, or the error of one.
         progress: called after each batch with the rows and tokens done here.
 
     Raises:
@@ -103,8 +104,12 @@ def score_layers(
     selection.most_layers(budget, num_layers=stack.num_layers, min_layers=min_layers)
     mine = range(share[0], len(rows), share[1])
     with left_as_found(model, autocast=autocast):
-        parts = measure(model, stack, rows, mine, deviation=deviation, batch_tokens=batch_tokens, progress=progress)
-    statistics = RowStatistics.merge(gather(parts))
+        parts = together(
+            lambda: measure(
+                model, stack, rows, mine, deviation=deviation, batch_tokens=batch_tokens, progress=progress
+            )
+        )
+    statistics = RowStatistics.merge(parts)
 
     def curves(counts_BR: Any = None) -> tuple[Any, Any]:
         weight = gains.layer_weights(
@@ -128,18 +133,38 @@ def score_layers(
     num_rows = len(statistics.rows_R)
     resampled = selection.cuts_of(*curves(selection.bootstrap_counts(num_rows, seed=seed)), choose)
     single = selection.cuts_of(*curves(np.eye(num_rows)), choose)
+    cut = choose(weight_L, retention_L)
+    stability = {k: count / len(resampled) for k, count in selection.tally(resampled).items()}
     return Scores(
-        first_trainable=choose(weight_L, retention_L),
+        first_trainable=cut,
         deviation=statistics.mean(statistics.deviation_RS).tolist(),
         deviation_stderr=statistics.stderr(statistics.deviation_RS).tolist(),
         weight=weight_L.tolist(),
         gain=gains.marginal_gain(retention_L).tolist(),
         retention=retention_L.tolist(),
-        stability={cut: count / len(resampled) for cut, count in selection.tally(resampled).items()},
+        stability=stability,
         row_cuts=selection.tally(single),
         tokens=int(statistics.tokens_R.sum()),
         loss=float(statistics.mean(statistics.loss_R[:, None])[0]),
+        notes=tuple(_doubts(cut, stability, retention_L=retention_L, coverage=coverage, policy=policy)),
     )
+
+
+def _doubts(
+    cut: int, stability: dict[int, float], *, retention_L: Any, coverage: float, policy: str
+) -> Iterator[str]:
+    """Sentences that say why this choice may not hold."""
+    if stability.get(cut, 0.0) < 0.5:
+        likely = max(stability, key=lambda k: stability[k])
+        yield (
+            f"the cut at layer {cut} holds in {stability.get(cut, 0.0):.2f} of the bootstrap resamples (layer {likely} "
+            f"in {stability[likely]:.2f}): raise num_samples for a cut that depends less on the rows drawn"
+        )
+    if policy == "coverage" and retention_L[cut] < coverage:
+        yield (
+            f"budget keeps the cut at layer {cut}, where the predicted retention is {retention_L[cut]:.3f} and "
+            f"coverage asks for {coverage}: raise budget to keep the promise"
+        )
 
 
 def measure(

@@ -1,0 +1,85 @@
+"""What a run checks and reports while it trains: the trainable set, the first step, the plan in every checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from axolotl_layersel.frontier import FirstStepProof, check_trainable
+from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER, Plan
+from axolotl_layersel.stack import find_stack
+from axolotl_layersel.targets import expected_trainable
+
+LOG = logging.getLogger("axolotl.integrations.layersel")
+
+
+class PlanGuard(TrainerCallback):
+    """Hold the run to its plan: by parameter name before the first step, by gradient in the first step.
+
+    Args:
+        plan: the plan that the run applies.
+        train_head: full fine-tuning also trains final norm and head.
+        plan_file: copied into every checkpoint, so that a resumed run finds its plan.
+        stops_backward: the backward pass ends at the cut, which the first step proves.
+    """
+
+    def __init__(self, plan: Plan, *, train_head: bool, plan_file: Path, stops_backward: bool) -> None:
+        self.plan = plan
+        self.train_head = train_head
+        self.plan_file = plan_file
+        self.stops_backward = stops_backward
+        self.proof: FirstStepProof | None = None
+        self.proved = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        """Compare the trainable parameters with the plan; a difference stops the run with both lists."""
+        stack = find_stack(model)
+        expected = expected_trainable(
+            [name for name, _ in model.named_parameters()],
+            stack,
+            first_trainable=self.plan.first_trainable,
+            adapter=self.plan.adapter,
+            train_head=self.train_head,
+        )
+        check_trainable(model, expected=expected)
+        self.proof = FirstStepProof(
+            model,
+            layers=stack.layers,
+            first_trainable=self.plan.first_trainable if self.stops_backward else 0,
+            expected_trainable=expected,
+        )
+        self.proof.attach()
+        LOG.info("layersel: %d trainable parameters match the plan, name by name", len(expected))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After the first backward pass: no gradient below the cut, one for every trainable parameter."""
+        if self.proof is None:
+            return
+        self.proof.check()
+        self.proof = None
+        self.proved = True
+        if self.stops_backward and self.plan.first_trainable:
+            LOG.info("layersel: proved in the first step: the backward pass stops at layer %d", self.plan.first_trainable)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the plan into the checkpoint that was just written."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / PLAN_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(self.plan_file, folder / PLAN_FOLDER / PLAN_FILE)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave no hook behind if the run ended before its first optimizer step."""
+        if self.proof is not None:
+            self.proof.detach()
+            self.proof = None

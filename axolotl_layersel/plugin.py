@@ -1,0 +1,130 @@
+"""axolotl's hooks, thin: when things happen. What happens is in `run.py`, why in `pipeline.py`.
+
+    register             before validation: remember the config as the user wrote it; non-reentrant checkpointing
+    load_datasets        called by `train` alone: take the training set that axolotl prepares, so the run is known
+    pre_lora_load        the model is whole and has no adapters yet: decide, write the plan, apply it
+    post_model_load      adapters are in place: say what still reaches below the cut
+    add_callbacks_post_trainer   hold the run to its plan (`callbacks.py`)
+
+Inference, merging, evaluation and preprocessing load models and datasets too, but never call `load_datasets` with
+`preprocess=False`: nothing happens there.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin, PluginManager
+from torch import nn
+
+from axolotl_layersel import frontier, run
+from axolotl_layersel.callbacks import PlanGuard
+from axolotl_layersel.conflicts import names_plugin, trains_embeddings
+from axolotl_layersel.plan import Plan
+from axolotl_layersel.processes import Processes, join_processes
+from axolotl_layersel.stack import find_stack
+from axolotl_layersel.targets import resolve_train_head
+
+
+@dataclass
+class _Run:
+    """What is known of the run that this process trains."""
+
+    cfg: Any
+    dataset: Any = None
+    plan: Plan | None = None
+    processes: Processes = field(default_factory=Processes)
+    stops_backward: bool = False
+    train_head: bool = False
+
+
+class LayerSelPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no types
+    """Select the decoder layers to fine-tune by semantic transition; see the package's README."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config_as_written: dict[str, Any] = {}
+        self._run: _Run | None = None
+
+    def register(self, cfg: Any) -> None:
+        """Remember the raw config; make checkpointing non-reentrant where the user did not choose."""
+        self.config_as_written = copy.deepcopy(dict(cfg))
+        if names_plugin(cfg) and cfg.get("gradient_checkpointing") and not cfg.get("gradient_checkpointing_kwargs"):
+            cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+
+    def get_input_args(self) -> str | None:
+        """The options' model, named once: the plugin may be listed under both of its names."""
+        return "axolotl_layersel.args.LayerSelArgs" if self._acts() else None
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
+        """Let axolotl load the training set, keep a reference for scoring, and hand it on."""
+        if preprocess or not names_plugin(cfg) or not self._acts():
+            return None
+        self._run = _Run(cfg=cfg)
+        others = [p for p in PluginManager.get_instance().plugins.values() if not isinstance(p, LayerSelPlugin)]
+        if any(type(p).load_datasets is not BasePlugin.load_datasets for p in others):
+            return None
+        from axolotl.common.datasets import load_datasets, load_preference_datasets
+
+        meta = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
+        self._run.dataset = meta.train_dataset
+        return meta
+
+    def pre_lora_load(self, cfg: Any, model: nn.Module) -> None:
+        """Decide which layers to train, write the plan, write the config keys, stop the backward pass at the cut."""
+        current = self._current(cfg)
+        if current is None or current.plan is not None:  # a reference model is loaded with the same config
+            return
+        current.processes = processes = join_processes(cpu=bool(cfg.use_cpu))
+        plan = run.decide(cfg, model, current.dataset, processes=processes)
+        updates = run.config_updates(cfg, model, plan)
+        current.plan = plan = run.complete(cfg, model, plan, updates)
+        processes.main_only(lambda: run.publish(cfg, plan, config_as_written=self.config_as_written))
+        for key, value in updates.items():
+            cfg[key] = value
+        stack = find_stack(model)
+        options = run.options_of(cfg)
+        current.train_head = not cfg.adapter and resolve_train_head(options.train_head, tied=stack.tied)
+        current.stops_backward = options.stop_backward and not trains_embeddings(cfg)
+        if current.stops_backward:
+            frontier.stop_backward(
+                model, layers=stack.layers, first_trainable=plan.first_trainable, reentrant=run.reentrant(cfg)
+            )
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """Hold the run to its plan.
+
+        Raises:
+            RuntimeError: training was started without the hook that decides, so nobody has selected the layers.
+        """
+        if not names_plugin(cfg) or not self._acts():
+            return []
+        current = self._current(cfg)
+        if current is None or current.plan is None:
+            raise RuntimeError(
+                "layersel is listed in `plugins:`, but no layers were selected: training was not started through "
+                "axolotl.cli.train. Call axolotl.cli.train.do_train(cfg, cli_args) instead of axolotl.train.train"
+            )
+        return [
+            PlanGuard(
+                current.plan,
+                train_head=current.train_head,
+                plan_file=run.plan_path(cfg),
+                stops_backward=current.stops_backward,
+            )
+        ]
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """Forget the run."""
+        self._run = None
+
+    def _current(self, cfg: Any) -> _Run | None:
+        """The run of this very config object, or None outside of training."""
+        return self._run if self._run is not None and self._run.cfg is cfg else None
+
+    def _acts(self) -> bool:
+        """Whether this is the first of possibly two instances that axolotl made, one for each spelling."""
+        instances = [p for p in PluginManager.get_instance().plugins.values() if isinstance(p, LayerSelPlugin)]
+        return bool(instances) and instances[0] is self

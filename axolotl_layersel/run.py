@@ -1,0 +1,249 @@
+"""One training run: where its plan comes from, and what applying it writes. Called by the hooks in `plugin.py`.
+
+    a plan of the checkpoint that is resumed  >  `first_layer`  >  `plan`  >  scoring
+
+axolotl's own loaders give the dataset and the model; nothing is loaded twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+from torch import nn
+
+from axolotl_layersel import __version__, targets
+from axolotl_layersel.args import LayerSelOptions
+from axolotl_layersel.calibration import Sample, draw_rows
+from axolotl_layersel.conflicts import find_notes
+from axolotl_layersel.pipeline import score_layers
+from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER, Plan, PlanError, read_plan, write_text
+from axolotl_layersel.processes import Processes
+from axolotl_layersel.stack import DecoderStack, find_stack
+
+LOG = get_logger("axolotl.integrations.layersel")
+
+AUTOCAST_TYPES = (torch.bfloat16, torch.float16)
+
+
+def options_of(cfg: Mapping[str, Any]) -> LayerSelOptions:
+    """The validated `layersel:` block of a config; all defaults where there is none."""
+    return LayerSelOptions(**dict(cfg.get("layersel") or {}))
+
+
+def plan_path(cfg: Any) -> Path:
+    """Where this run's plan is written: `<output_dir>/layersel/plan.json`."""
+    return Path(cfg.output_dir) / PLAN_FOLDER / PLAN_FILE
+
+
+def decide(cfg: Any, model: nn.Module, dataset: Any, *, processes: Processes) -> Plan:
+    """The plan of this run, equal on every process.
+
+    Args:
+        cfg: axolotl's validated config.
+        model: the base model, before adapters.
+        dataset: the prepared training set; unused where a cut is given.
+
+    Raises:
+        ValueError (and its kinds in the core): nothing may be trained.
+    """
+    options = options_of(cfg)
+    stack = find_stack(model)
+    given = _given_plan(cfg, options, stack)
+    resumed = _resumed_plan(cfg)
+    if resumed is not None:
+        if given is not None and given.first_trainable != resumed.first_trainable:
+            raise PlanError(
+                f"the checkpoint {cfg.resume_from_checkpoint or cfg.output_dir} was trained with "
+                f"first_layer {resumed.first_trainable}, this config asks for {given.first_trainable}: remove the cut "
+                "from the config to resume, or train into another output_dir"
+            )
+        _check_fits(resumed, cfg, stack, source="the plan of the checkpoint")
+        LOG.info("resuming: the plan of the checkpoint is used, nothing is scored")
+        return resumed
+    if given is not None:
+        return given
+    return _scored_plan(cfg, options, model, stack, dataset, processes)
+
+
+def _given_plan(cfg: Any, options: LayerSelOptions, stack: DecoderStack) -> Plan | None:
+    """A plan by hand or from a file, without its scores where there are none."""
+    if options.plan is not None:
+        plan = read_plan(options.plan)
+        _check_fits(plan, cfg, stack, source=options.plan)
+        return plan
+    if options.first_layer is None:
+        return None
+    if options.first_layer >= stack.num_layers:
+        raise PlanError(
+            f"first_layer is {options.first_layer}; the model has {stack.num_layers} decoder layers, so allowed is "
+            f"0 to {stack.num_layers - 1}"
+        )
+    return Plan(
+        **_identity(cfg), num_layers=stack.num_layers, first_trainable=options.first_layer, options=options.model_dump()
+    )
+
+
+def _resumed_plan(cfg: Any) -> Plan | None:
+    """The plan beside the checkpoint that training will resume from, or None if it starts afresh."""
+    checkpoint = cfg.resume_from_checkpoint
+    if checkpoint is None and cfg.auto_resume_from_checkpoints:
+        from axolotl.utils.train import determine_last_checkpoint
+
+        checkpoint = determine_last_checkpoint(cfg, update=False)
+    if not checkpoint:
+        return None
+    return read_plan(checkpoint)
+
+
+def _check_fits(plan: Plan, cfg: Any, stack: DecoderStack, *, source: str) -> None:
+    plan.check_fits(base_model=cfg.base_model, adapter=cfg.adapter, num_layers=stack.num_layers, source=source)
+
+
+def _identity(cfg: Any) -> dict[str, Any]:
+    packages = ("axolotl", "torch", "transformers", "peft")
+    return {
+        "base_model": cfg.base_model,
+        "revision": cfg.revision_of_model,
+        "adapter": cfg.adapter,
+        "created_by": {"axolotl_layersel": __version__, **{name: version(name) for name in packages}},
+    }
+
+
+def _scored_plan(
+    cfg: Any, options: LayerSelOptions, model: nn.Module, stack: DecoderStack, dataset: Any, processes: Processes
+) -> Plan:
+    """Score on the prepared training set with the model that will be trained."""
+    started = time.perf_counter()
+    sample = draw_rows(
+        dataset,
+        num_samples=options.num_samples,
+        max_tokens=options.max_tokens,
+        seed=cfg.seed or 42,
+        sequence_len=cfg.sequence_len,
+    )
+    for note in sample.notes if processes.is_main else ():
+        LOG.info(note)
+    place(model)
+    with ready_to_run(model, stack):
+        scores = score_layers(
+            model,
+            sample.rows,
+            deviation=options.deviation,
+            gain=options.gain,
+            policy=options.policy,
+            coverage=options.coverage,
+            budget=options.budget,
+            min_layers=options.min_layers,
+            seed=cfg.seed or 42,
+            batch_tokens=max(cfg.micro_batch_size or 1, 1) * cfg.sequence_len,
+            autocast=cfg.torch_dtype if cfg.torch_dtype in AUTOCAST_TYPES else None,
+            share=(processes.rank, processes.world_size),
+            together=processes.together,
+        )
+    return Plan(
+        **_identity(cfg),
+        num_layers=stack.num_layers,
+        first_trainable=scores.first_trainable,
+        options=options.model_dump(),
+        deviation={"mean": scores.deviation, "stderr": scores.deviation_stderr},
+        weight=scores.weight,
+        gain=scores.gain,
+        retention=scores.retention,
+        stability={str(cut): share for cut, share in scores.stability.items()},
+        row_cuts={str(cut): count for cut, count in scores.row_cuts.items()},
+        sample=_describe(sample, cfg, scores.tokens, scores.loss),
+        notes=[*sample.notes, *scores.notes],
+        seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+def _describe(sample: Sample, cfg: Any, tokens: int, loss: float) -> dict[str, Any]:
+    return {
+        "rows": len(sample.rows),
+        "tokens": tokens,
+        "seed": cfg.seed or 42,
+        "loss": loss,
+        "dataset_fingerprint": sample.fingerprint(),
+        "datasets": [str(d.get("path")) for d in cfg.datasets or cfg.pretraining_dataset or []],
+    }
+
+
+def place(model: nn.Module) -> None:
+    """Move the model to this process's GPU if axolotl left it on the CPU; the trainer would do so later."""
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if torch.cuda.is_available() and on_cpu and len(devices) <= 1:
+        model.to(f"cuda:{torch.cuda.current_device()}")
+
+
+@contextmanager
+def ready_to_run(model: nn.Module, stack: DecoderStack) -> Iterator[None]:
+    """Let the bare model run although axolotl has prepared it for adapters; undone on leaving.
+
+    For LoRA kernels axolotl rewrites the attention class to call `apply_qkv` and `apply_o`, which instances get only
+    after adapters are loaded; a tiled MLP caches its trainable parameters in its first forward, before there are any.
+    """
+    from axolotl.monkeypatch import lora_kernels
+
+    lent: list[nn.Module] = []
+    for layer in stack.layers:
+        for (attention,) in ((a,) for a in lora_kernels.find_self_attn_in_layer(layer)):
+            if not hasattr(attention, "apply_qkv"):
+                attention.apply_qkv = MethodType(lora_kernels.original_apply_qkv, attention)
+                attention.apply_o = MethodType(lora_kernels.original_apply_o, attention)
+                lent.append(attention)
+    try:
+        yield
+    finally:
+        for attention in lent:
+            del attention.apply_qkv, attention.apply_o
+        for module in model.modules():
+            if getattr(module, "_compute_params", None):
+                module._compute_params = []
+
+
+def config_updates(cfg: Any, model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """The config keys that make axolotl train exactly the plan's layers, in this run's mode."""
+    stack = find_stack(model)
+    k = plan.first_trainable
+    if not cfg.adapter:
+        head = targets.resolve_train_head(options_of(cfg).train_head, tied=stack.tied)
+        return {"unfrozen_parameters": targets.full_patterns(stack, first_trainable=k, train_head=head)}
+    patterns = targets.adapter_patterns(stack, first_trainable=k, modules_to_save=cfg.lora_modules_to_save or ())
+    if cfg.lora_model_dir:
+        return {"unfrozen_parameters": patterns}
+    outside = sum(
+        isinstance(module, nn.ModuleList) and not name.startswith(stack.layers_name)
+        for name, module in model.named_modules()
+    )
+    names = [name for name, _ in model.named_modules()]
+    updates = targets.adapter_updates(cfg, stack, first_trainable=k, module_names=names, numbered=outside)
+    return {**updates, "unfrozen_parameters": patterns}
+
+
+def complete(cfg: Any, model: nn.Module, plan: Plan, updates: Mapping[str, Any]) -> Plan:
+    """The plan with the config keys that apply it and what they cost."""
+    return dataclasses.replace(plan, config_updates=dict(updates))
+
+
+def publish(cfg: Any, plan: Plan, *, config_as_written: Mapping[str, Any]) -> None:
+    """Write the plan and say what it holds; only the main process does this."""
+    path = plan_path(cfg)
+    write_text(path, plan.to_json())
+    for note in (*find_notes(cfg), *plan.notes):
+        LOG.warning(note)
+    LOG.info("layersel: training layers %s of %d; the plan is %s", plan.trainable_layers, plan.num_layers, path)
+
+
+def reentrant(cfg: Any) -> bool:
+    """Whether the user asked for reentrant checkpointing."""
+    return bool(cfg.gradient_checkpointing and (cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
