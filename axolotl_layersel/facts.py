@@ -1,0 +1,137 @@
+"""What a plan says, in words and in numbers: shared by the table, the figures, the page, the card and the trackers.
+
+Everything is made from the `Plan` alone and stays useful where parts of it are missing: a cut that was given by hand
+has no scores, and a prediction may lack a number. Plans are shared as files, so every text that comes out of one here
+has its control characters removed: it can be printed on a terminal. Sentences of our own are ASCII.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from axolotl_layersel.plan import Plan
+
+UNSTABLE = 0.5  # a cut that fewer of the resamples choose is called unstable
+SALF = (
+    "Gu, Aleti, Chen, Zhang. A Semantic-Aware Layer-Freezing Approach to Computation-Efficient Fine-Tuning of "
+    "Language Models. Findings of ACL 2025. arXiv:2406.11753"
+)
+COSTS = {  # what a prediction holds -> what people call it
+    "step": "step",
+    "backward": "backward",
+    "saved_activation_bytes": "activation memory",
+    "trainable_parameters": "trainable parameters",
+    "optimizer_bytes": "optimizer state",
+}
+
+
+def printable(text: object) -> str:
+    """The text without control characters, such as the escape that starts a terminal's commands, and on one line."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
+
+
+def number(values: Mapping[str, Any] | None, name: str) -> float | None:
+    """The finite number of that name, or None where there is none."""
+    value = (values or {}).get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def per_cut(plan: Plan, name: str) -> list[float] | None:
+    """A predicted cost of every cut 0..L-1 as ratios to training every layer, or None where it is not known."""
+    cuts = (plan.prediction or {}).get("per_cut")
+    values = cuts.get(name) if isinstance(cuts, Mapping) else None
+    if not isinstance(values, Sequence) or len(values) != plan.num_layers:
+        return None
+    numbers = [number({"": value}, "") for value in values]
+    return [n for n in numbers if n is not None] if None not in numbers else None
+
+
+def shares(counts: Mapping[Any, float] | None) -> dict[int, float]:
+    """Shares by cut, sum 1, from counts or shares by cut; empty where there are none."""
+    total = sum((counts or {}).values())
+    return {int(cut): value / total for cut, value in sorted((counts or {}).items(), key=lambda c: int(c[0])) if total}
+
+
+def mode_name(plan: Plan) -> str:
+    """How the layers are trained, in words."""
+    return {"lora": "LoRA", "qlora": "QLoRA", None: "full fine-tuning"}[plan.adapter]
+
+
+def model_name(plan: Plan) -> str:
+    """The base model; for a folder on this machine, its last part."""
+    name = printable(plan.base_model).rstrip("/")
+    return name.rsplit("/", 1)[-1] if name.startswith(("/", "./", "../", "~")) else name
+
+
+def dataset_name(plan: Plan) -> str:
+    """The data that the layers were scored on, or an empty string."""
+    paths = (plan.sample or {}).get("datasets")
+    return ", ".join(printable(path) for path in paths) if isinstance(paths, list) else ""
+
+
+def layer_range(first: int, last: int) -> str:
+    """Layers `first` to `last`, both included, in words."""
+    return f"layer {first}" if first == last else f"layers {first} to {last}"
+
+
+def summary(plan: Plan) -> dict[str, str]:
+    """The four lines under the table: the cut, what is trained, what it saves, how to have it again."""
+    lines = {
+        "cut": _cut(plan),
+        "trained": _trained(plan),
+        "predicted": _predicted(plan),
+        "again": f"{recipe(plan)}   (scores nothing)",
+    }
+    return {name: printable(text) for name, text in lines.items()}
+
+
+def notes(plan: Plan) -> list[str]:
+    """What the user should know about this choice."""
+    return [printable(note) for note in plan.notes]
+
+
+def recipe(plan: Plan) -> str:
+    """The line of YAML that gives this cut without scoring."""
+    return f"layersel: {{first_layer: {plan.first_trainable}}}"
+
+
+def _cut(plan: Plan) -> str:
+    k, last = plan.first_trainable, plan.num_layers - 1
+    if plan.retention is None:
+        return f"first trainable layer {k} of 0 to {last}; given, nothing was scored."
+    policy = plan.options.get("policy")
+    by = f", by {policy}" + (f" {plan.options.get('coverage')}" if policy == "coverage" else "") if policy else ""
+    text = f"first trainable layer {k} of 0 to {last}{by}; predicted to keep {plan.retention[k]:.3f} of the improvement"
+    resampled = shares(plan.stability)
+    if not resampled:
+        return f"{text}."
+    own = resampled.pop(k, 0.0)
+    rivals = sorted(resampled.items(), key=lambda c: (-c[1], c[0]))[:2]
+    others = " (" + ", ".join(f"{share:.2f} choose {cut}" for cut, share in rivals) + ")" if rivals else ""
+    unstable = " Unstable: score more rows (num_samples)." if own < UNSTABLE else ""
+    return f"{text}. {own:.2f} of the resamples choose it{others}.{unstable}"
+
+
+def _trained(plan: Plan) -> str:
+    k, count = plan.first_trainable, plan.num_layers
+    if k == 0:
+        return f"every decoder layer ({count} of {count}), {mode_name(plan)}."
+    return (
+        f"{layer_range(k, count - 1)} ({count - k} of {count}), {mode_name(plan)}; {layer_range(0, k - 1)} "
+        f"{'is' if k == 1 else 'are'} frozen."
+    )
+
+
+def _predicted(plan: Plan) -> str:
+    why = (plan.prediction or {}).get("why")
+    known = [(label, number(plan.prediction, name)) for name, label in COSTS.items()]
+    told = ", ".join(f"{label} {value:.2f}" for label, value in known if value is not None)
+    if not told:
+        return str(why) if why else "no cost is known for this plan."
+    checkpointing = (plan.prediction or {}).get("gradient_checkpointing")
+    mode = "" if checkpointing is None else f", {'with' if checkpointing else 'without'} gradient checkpointing"
+    return f"{told} of training every layer{mode}." + (f" {why}" if why else "")
