@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
 
 from axolotl_layersel.conflicts import find_conflicts
 
@@ -39,11 +39,9 @@ class LayerSelOptions(BaseModel):
         le=1.0,
         description="smallest suffix predicted to keep this share of the improvement of training all layers",
     )
-    budget: int | float = Field(
+    budget: StrictInt | StrictFloat = Field(
         default=1.0,
         gt=0,
-        union_mode="left_to_right",
-        strict=True,
         description="most decoder layers to train: a fraction of them (0.5, 1.0) or a count (12)",
     )
     min_layers: int = Field(default=1, ge=1, description="fewest decoder layers to train")
