@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from axolotl_layersel.facts import (
+    BAND_95,
+    TALLEST,
+    UNITS,
     dataset_name,
     layer_range,
     mode_name,
@@ -31,10 +34,7 @@ if TYPE_CHECKING:
 TRAINED, CUT, STEP, MEMORY = "#0072B2", "#D55E00", "#E69F00", "#009E73"  # of Okabe and Ito
 ROWS, RESAMPLES = "#9CCBEC", "#003B66"  # the same blue, lighter and darker
 FROZEN, GROUND, INK, SOFT_INK = "#A6A6A6", "#F0F0F0", "#262626", "#5C5C5C"
-UNITS = {"cosine": "1 - cosine", "semantic_loss": "semantic loss (nats)", "logit_lens": "logit lens (nats)"}
-BAND_95 = 1.96  # standard errors
 HEAD = 1.15  # inches above the panels
-TALLEST = 3.0  # a bar that exceeds the next one by this factor is cut off and labelled
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 11.5,
