@@ -27,6 +27,7 @@ from axolotl_layersel.conflicts import find_notes
 from axolotl_layersel.pipeline import score_layers
 from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER, Plan, PlanError, read_plan, write_text
 from axolotl_layersel.processes import Processes
+from axolotl_layersel.recipe import RECIPE_FILE, recipe_text
 from axolotl_layersel.stack import DecoderStack, find_stack
 
 LOG = get_logger("axolotl.integrations.layersel")
@@ -218,7 +219,12 @@ def config_updates(cfg: Any, model: nn.Module, plan: Plan) -> dict[str, Any]:
     if not cfg.adapter:
         head = targets.resolve_train_head(options_of(cfg).train_head, tied=stack.tied)
         return {"unfrozen_parameters": targets.full_patterns(stack, first_trainable=k, train_head=head)}
-    patterns = targets.adapter_patterns(stack, first_trainable=k, modules_to_save=cfg.lora_modules_to_save or ())
+    patterns = targets.adapter_patterns(
+        stack,
+        first_trainable=k,
+        target_modules=cfg.lora_target_modules,
+        modules_to_save=cfg.lora_modules_to_save or (),
+    )
     if cfg.lora_model_dir:
         return {"unfrozen_parameters": patterns}
     outside = sum(
@@ -236,9 +242,10 @@ def complete(cfg: Any, model: nn.Module, plan: Plan, updates: Mapping[str, Any])
 
 
 def publish(cfg: Any, plan: Plan, *, config_as_written: Mapping[str, Any]) -> None:
-    """Write the plan and say what it holds; only the main process does this."""
+    """Write the plan and its recipe, and say what the plan holds; only the main process does this."""
     path = plan_path(cfg)
     write_text(path, plan.to_json())
+    write_text(path.with_name(RECIPE_FILE), recipe_text(config_as_written, plan))
     for note in (*find_notes(cfg), *plan.notes):
         LOG.warning(note)
     LOG.info("layersel: training layers %s of %d; the plan is %s", plan.trainable_layers, plan.num_layers, path)

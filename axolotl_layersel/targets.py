@@ -27,11 +27,19 @@ def full_patterns(stack: DecoderStack, *, first_trainable: int, train_head: bool
     return patterns
 
 
-def adapter_patterns(stack: DecoderStack, *, first_trainable: int, modules_to_save: Iterable[str] = ()) -> list[str]:
-    """`unfrozen_parameters` of a PEFT-wrapped model: adapter parameters of layers k..L-1, and what the user saves."""
+def adapter_patterns(
+    stack: DecoderStack, *, first_trainable: int, target_modules: Any = (), modules_to_save: Iterable[str] = ()
+) -> list[str]:
+    """`unfrozen_parameters` of a PEFT-wrapped model: adapter parameters of layers k..L-1, and what the user adds.
+
+    Args:
+        target_modules: the config's `lora_target_modules`; a head in that list keeps its adapter.
+        modules_to_save: the config's `lora_modules_to_save`, trained whole.
+    """
     prefix = "^base_model.model."
     patterns = [f"{prefix}{stack.layers_name}.({_numbers(stack, first_trainable)})[.].+lora_.+"]
-    patterns += [f"{prefix}{stack.head_name}.lora_.+"]
+    if isinstance(target_modules, (list, tuple)) and stack.head_name.rpartition(".")[2] in target_modules:
+        patterns.append(f"{prefix}{stack.head_name}.lora_.+")
     patterns += [f"{prefix}(.+[.])?{name}.modules_to_save.+" for name in modules_to_save]
     return patterns
 

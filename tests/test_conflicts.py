@@ -1,0 +1,77 @@
+"""What in a config contradicts layer selection: each conflict and note names the key and what to change."""
+
+import re
+
+import pytest
+
+from axolotl_layersel.conflicts import find_conflicts, find_notes, names_plugin
+
+BASE = {"plugins": ["layersel"], "adapter": "lora", "lora_target_linear": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unfrozen_parameters": ["model.layers.1"]}, "`unfrozen_parameters` is .*remove it"),
+        ({"peft_layers_to_transform": [1]}, "`peft_layers_to_transform` is .*first_layer"),
+        ({"peft_layers_pattern": "layers"}, "`peft_layers_pattern` is set"),
+        ({"adapter": "llama-adapter"}, "`adapter` is 'llama-adapter'; allowed are lora, qlora"),
+        ({"lisa_n_layers": 2}, "lisa"),
+        ({"relora": True}, "ReLoRA"),
+        ({"plugins": ["layersel", "axolotl.integrations.spectrum.SpectrumPlugin"]}, "Spectrum"),
+        ({"adapter": None, "optimizer": "polora"}, "polora"),
+        ({"peft_layer_replication": [[0, 4]]}, "peft_layer_replication"),
+        ({"reward_model": True}, "reward models"),
+        ({"rl": "grpo"}, "`rl: grpo`.*nor trained"),
+        ({"rl": "grpo", "layersel": {"first_layer": 2}}, "`rl: grpo`.*nor trained"),
+        ({"activation_offloading": "legacy"}, "activation_offloading: legacy.*`true` or `hidden_states`"),
+        ({"skip_prepare_dataset": True}, "skip_prepare_dataset.*first_layer"),
+        ({"fsdp_config": {"x": 1}}, "FSDP shards the model.*plan"),
+        ({"deepspeed": "deepspeed_configs/zero3_bf16.json"}, "ZeRO-3.*plan"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2"),
+    ],
+)
+def test_a_conflict_says_what_to_change(changes: dict, message: str) -> None:
+    conflicts = find_conflicts({**BASE, **changes})
+    assert len(conflicts) == 1
+    assert re.search(message, conflicts[0])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"skip_prepare_dataset": True}, {"fsdp_config": {"x": 1}}, {"deepspeed": "zero3.json"}, {"rl": "dpo"}]
+)
+def test_a_given_cut_needs_no_scoring_and_lifts_the_conflict(changes: dict) -> None:
+    assert find_conflicts({**BASE, **changes, "layersel": {"first_layer": 3}}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_modules_to_save": ["embed_tokens", "lm_head"]}, "`lora_modules_to_save` trains embeddings"),
+        ({"lora_target_modules": ["q_proj", "model.embed_tokens"]}, "`lora_target_modules` trains embeddings"),
+        ({"peft_trainable_token_indices": [3]}, "`peft_trainable_token_indices` trains embeddings"),
+        ({"lora_model_dir": "adapter"}, "`lora_model_dir` continues an adapter"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "`use_reentrant: true` is kept",
+        ),
+    ],
+)
+def test_what_costs_the_saving_is_a_note(changes: dict, message: str) -> None:
+    notes = find_notes({**BASE, **changes})
+    assert len(notes) == 1
+    assert notes[0].startswith(message)
+    assert find_conflicts({**BASE, **changes}) == []
+
+
+def test_a_plain_config_has_neither() -> None:
+    assert find_conflicts(BASE) == find_notes(BASE) == []
+
+
+def test_a_config_without_the_plugin_is_nobody_s_business() -> None:
+    assert find_conflicts({"plugins": ["other.Plugin"], "relora": True}) == []
+
+
+@pytest.mark.parametrize("name", ["layersel", "axolotl_layersel.LayerSelPlugin"])
+def test_both_spellings_are_this_plugin(name: str) -> None:
+    assert names_plugin({"plugins": [name]})

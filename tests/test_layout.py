@@ -1,0 +1,72 @@
+"""The core never knows the framework, and imports point one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import axolotl_layersel
+
+PACKAGE = Path(axolotl_layersel.__file__).parent
+KNOWS_AXOLOTL = {"plugin", "run", "cli", "_startup"}
+# Rows of the layout: a module imports only from rows above its own.
+ROWS = [
+    {"__init__", "_startup"},
+    {"conflicts", "stack", "plan", "selection", "gain", "semantics", "calibration", "probe", "weights"},
+    {"args", "trace", "transition", "targets", "processes", "cost", "frontier"},
+    {"pipeline"},
+]
+
+
+def _modules() -> dict[str, ast.Module]:
+    return {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_only_the_glue_knows_axolotl() -> None:
+    knowing = {n for n, tree in _modules().items() if any(i.split(".")[0] == "axolotl" for i in _imports(tree))}
+    assert knowing <= KNOWS_AXOLOTL
+    assert "plugin" in knowing
+
+
+def test_imports_point_one_way() -> None:
+    """No cycle: the modules can be ordered so that each imports only earlier ones."""
+    needs = {
+        name: {i.split(".")[1] for i in _imports(tree) if i.startswith("axolotl_layersel.")} & set(_modules())
+        for name, tree in _modules().items()
+    }
+    needs["__init__"] -= {"plugin"}  # resolved on first use, and for type checkers
+    placed: set[str] = set()
+    while ready := {n for n, wanted in needs.items() if n not in placed and wanted <= placed}:
+        placed |= ready
+    assert placed == set(needs), f"in a cycle: {sorted(set(needs) - placed)}"
+
+
+def test_the_core_s_rows_import_only_from_rows_above() -> None:
+    above: set[str] = set()
+    for row in ROWS:
+        for name in row:
+            wanted = {i.split(".")[1] for i in _imports(_modules()[name]) if i.startswith("axolotl_layersel.")}
+            assert (wanted & set(_modules())) - {"plugin"} <= above, name
+        above |= row
+
+
+def test_the_core_imports_with_axolotl_blocked() -> None:
+    core = sorted(set(_modules()) - KNOWS_AXOLOTL - {"__main__"})
+    code = "import sys\nsys.modules['axolotl'] = None\n" + "".join(f"import axolotl_layersel.{n}\n" for n in core)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_importing_the_package_imports_neither_torch_nor_axolotl() -> None:
+    code = "import axolotl_layersel, sys; assert not {'torch', 'axolotl', 'pydantic'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
