@@ -1,0 +1,69 @@
+# Every target sets up what it needs: a virtual environment in .venv with this package, installed editable.
+#
+#   make demo PYTHON=python3.12             another interpreter (3.10 to 3.12)
+#   make demo TORCH=torch==2.12.0           another torch
+#   make demo PIP_ARGS="--index-url ..."    where pip looks, for example an index with CPU builds of torch
+
+PYTHON   ?= $(shell for p in python3 python3.11 python3.12 python3.10; do \
+              $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV     ?= .venv
+TORCH    ?= torch==2.13.0
+PIP_ARGS ?=
+ARGS     ?=
+
+# A machine with an NVIDIA driver gets the build of torch that pip would take; any other gets the CPU build, if pip
+# finds one (a `+cpu` version sorts above the plain one), and runs axolotl on the CPU.
+GPU      := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+LAUNCH    = $(VENV)/bin/accelerate launch $(if $(GPU),,--cpu) -m axolotl.cli.train
+RUN_ARGS  = $(if $(GPU),--use_cpu=false --bf16=auto)
+PY        = $(VENV)/bin/python
+DEMO      = example_configs/demo.py
+WORK      = example_configs/demo/work
+
+# Nothing is fetched at run time and nothing is reported home. Waiting threads sleep instead of spinning: on a machine
+# with few cores and other work, spinning makes torch more than ten times slower.
+export HF_HUB_OFFLINE ?= 1
+export HF_DATASETS_OFFLINE ?= 1
+export AXOLOTL_DO_NOT_TRACK ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-qlora test lint clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | column -t -s '|'
+
+setup: $(VENV)/.installed ## create .venv and install the package with its test tools
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet $(PIP_ARGS) $(TORCH)
+	$(PY) -m pip install --quiet --no-compile $(PIP_ARGS) -e '.[test]'
+	@touch $@
+
+demo: setup ## fine-tune a small model with LoRA on the layers that layersel chooses, end to end
+	$(PY) $(DEMO) prepare
+	rm -rf $(WORK)/lora
+	$(LAUNCH) example_configs/demo-lora.yml $(RUN_ARGS)
+	$(PY) $(DEMO) summary $(WORK)/lora
+
+demo-qlora: setup ## the same with the model in 4 bits
+	$(PY) $(DEMO) prepare
+	rm -rf $(WORK)/qlora
+	$(LAUNCH) example_configs/demo-qlora.yml $(RUN_ARGS)
+	$(PY) $(DEMO) summary $(WORK)/qlora
+
+test: setup ## run the whole test suite; ARGS="-k name" picks tests
+	$(PY) -m pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean: ## remove what the demo and the tools wrote; .venv stays
+	rm -rf $(WORK) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
