@@ -51,7 +51,8 @@ class LayerSelOptions(BaseModel):
     plan: str | None = Field(default=None, description="path of a saved plan: apply it, score nothing")
     stop_backward: bool = Field(default=True, description="cut the backward pass at the first trainable layer")
     train_head: Literal["auto"] | bool = Field(
-        default="auto", description="full fine-tuning: final norm and head too, where that does not reach the embeddings"
+        default="auto",
+        description="full fine-tuning: final norm and head too, where that does not reach the embeddings",
     )
     report: bool = Field(default=True, description="figures and report in `<output_dir>/layersel/`")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,9 @@ class PlanGuard(TrainerCallback):
         self.proof = None
         self.proved = True
         if self.stops_backward and self.plan.first_trainable:
-            LOG.info("layersel: proved in the first step: the backward pass stops at layer %d", self.plan.first_trainable)
+            LOG.info(
+                "layersel: proved in the first step: the backward pass stops at layer %d", self.plan.first_trainable
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the plan into the checkpoint that was just written."""

@@ -95,4 +95,6 @@ def retention(weight_L: Array, *, exponent: float) -> Array:
 
 def marginal_gain(retention_L: Array) -> Array:
     """gain_i = retention(i) - retention(i + 1), (..., L), sum 1: what is lost when layer i is frozen as well."""
-    return np.asarray(retention_L - np.concatenate([retention_L[..., 1:], np.zeros_like(retention_L[..., :1])], axis=-1))
+    return np.asarray(
+        retention_L - np.concatenate([retention_L[..., 1:], np.zeros_like(retention_L[..., :1])], axis=-1)
+    )

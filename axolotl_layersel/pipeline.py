@@ -105,9 +105,7 @@ def score_layers(
     mine = range(share[0], len(rows), share[1])
     with left_as_found(model, autocast=autocast):
         parts = together(
-            lambda: measure(
-                model, stack, rows, mine, deviation=deviation, batch_tokens=batch_tokens, progress=progress
-            )
+            lambda: measure(model, stack, rows, mine, deviation=deviation, batch_tokens=batch_tokens, progress=progress)
         )
     statistics = RowStatistics.merge(parts)
 
@@ -150,9 +148,7 @@ def score_layers(
     )
 
 
-def _doubts(
-    cut: int, stability: dict[int, float], *, retention_L: Any, coverage: float, policy: str
-) -> Iterator[str]:
+def _doubts(cut: int, stability: dict[int, float], *, retention_L: Any, coverage: float, policy: str) -> Iterator[str]:
     """Sentences that say why this choice may not hold."""
     if stability.get(cut, 0.0) < 0.5:
         likely = max(stability, key=lambda k: stability[k])
@@ -240,9 +236,7 @@ def _read(norm: nn.Module, hidden_ND: Tensor) -> Tensor:
     return states_ND
 
 
-def _deviation(
-    name: str, stack: DecoderStack, batch: Batch, *, bases: SemanticBases, norm: nn.Module
-) -> Deviation:
+def _deviation(name: str, stack: DecoderStack, batch: Batch, *, bases: SemanticBases, norm: nn.Module) -> Deviation:
     """The state deviation of that name; `semantic_loss` fits its temperature on the last space of this batch."""
     if name == "cosine":
         return lambda states_ND, labels_N, bases_ND: cosine_deviation(states_ND, bases_ND)

@@ -21,11 +21,12 @@ from torch import nn
 
 from axolotl_layersel import frontier, run
 from axolotl_layersel.callbacks import PlanGuard
-from axolotl_layersel.conflicts import names_plugin, trains_embeddings
+from axolotl_layersel.conflicts import names_plugin
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.processes import Processes, join_processes
 from axolotl_layersel.stack import find_stack
-from axolotl_layersel.targets import resolve_train_head
+from axolotl_layersel.timing import StepTimer
+from axolotl_layersel.tracking import tracker_callback
 
 
 @dataclass
@@ -85,13 +86,23 @@ class LayerSelPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no type
         for key, value in updates.items():
             cfg[key] = value
         stack = find_stack(model)
-        options = run.options_of(cfg)
-        current.train_head = not cfg.adapter and resolve_train_head(options.train_head, tied=stack.tied)
-        current.stops_backward = options.stop_backward and not trains_embeddings(cfg)
+        current.train_head = run.trains_head(cfg, stack)
+        current.stops_backward = run.stops_backward(cfg)
         if current.stops_backward:
             frontier.stop_backward(
                 model, layers=stack.layers, first_trainable=plan.first_trainable, reentrant=run.reentrant(cfg)
             )
+
+    def post_model_load(self, cfg: Any, model: nn.Module) -> None:
+        """Adapters are in place: where something below the cut is trained after all, give the backward pass back."""
+        current = self._current(cfg)
+        if current is None or current.plan is None or not current.stops_backward or not hasattr(model, "peft_config"):
+            return
+        found = frontier.obstacles(model, stack=find_stack(model), first_trainable=current.plan.first_trainable)
+        if found and not cfg.lora_model_dir:  # adapters of frozen layers are frozen by name once the model is loaded
+            current.stops_backward = False
+            frontier.restore_backward(model)
+            run.LOG.warning("layersel: freezing saves no compute in this run: %s", " ".join(found))
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """Hold the run to its plan.
@@ -113,7 +124,9 @@ class LayerSelPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no type
                 train_head=current.train_head,
                 plan_file=run.plan_path(cfg),
                 stops_backward=current.stops_backward,
-            )
+            ),
+            StepTimer(current.plan, trainer=trainer),
+            tracker_callback(current.plan, run.plan_path(cfg).parent, trainer=trainer),
         ]
 
     def post_train_unload(self, cfg: Any) -> None:

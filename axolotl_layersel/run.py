@@ -23,12 +23,17 @@ from torch import nn
 from axolotl_layersel import __version__, targets
 from axolotl_layersel.args import LayerSelOptions
 from axolotl_layersel.calibration import Sample, draw_rows
-from axolotl_layersel.conflicts import find_notes
+from axolotl_layersel.conflicts import find_notes, sharded, trains_embeddings
+from axolotl_layersel.cost import StepShape
+from axolotl_layersel.forecast import mode_of, predict
+from axolotl_layersel.html import write_report
 from axolotl_layersel.pipeline import score_layers
 from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER, Plan, PlanError, read_plan, write_text
 from axolotl_layersel.processes import Processes
 from axolotl_layersel.recipe import RECIPE_FILE, recipe_text
+from axolotl_layersel.report import Progress, print_plan
 from axolotl_layersel.stack import DecoderStack, find_stack
+from axolotl_layersel.trace import left_as_found
 
 LOG = get_logger("axolotl.integrations.layersel")
 
@@ -131,10 +136,9 @@ def _scored_plan(
         seed=cfg.seed or 42,
         sequence_len=cfg.sequence_len,
     )
-    for note in sample.notes if processes.is_main else ():
-        LOG.info(note)
     place(model)
-    with ready_to_run(model, stack):
+    share = len(range(processes.rank, len(sample.rows), processes.world_size))
+    with ready_to_run(model, stack), Progress(share, enabled=processes.is_main) as progress:
         scores = score_layers(
             model,
             sample.rows,
@@ -146,9 +150,10 @@ def _scored_plan(
             min_layers=options.min_layers,
             seed=cfg.seed or 42,
             batch_tokens=max(cfg.micro_batch_size or 1, 1) * cfg.sequence_len,
-            autocast=cfg.torch_dtype if cfg.torch_dtype in AUTOCAST_TYPES else None,
+            autocast=autocast_of(cfg),
             share=(processes.rank, processes.world_size),
             together=processes.together,
+            progress=progress,
         )
     return Plan(
         **_identity(cfg),
@@ -217,8 +222,8 @@ def config_updates(cfg: Any, model: nn.Module, plan: Plan) -> dict[str, Any]:
     stack = find_stack(model)
     k = plan.first_trainable
     if not cfg.adapter:
-        head = targets.resolve_train_head(options_of(cfg).train_head, tied=stack.tied)
-        return {"unfrozen_parameters": targets.full_patterns(stack, first_trainable=k, train_head=head)}
+        patterns = targets.full_patterns(stack, first_trainable=k, train_head=trains_head(cfg, stack))
+        return {"unfrozen_parameters": patterns}
     patterns = targets.adapter_patterns(
         stack,
         first_trainable=k,
@@ -237,18 +242,56 @@ def config_updates(cfg: Any, model: nn.Module, plan: Plan) -> dict[str, Any]:
 
 
 def complete(cfg: Any, model: nn.Module, plan: Plan, updates: Mapping[str, Any]) -> Plan:
-    """The plan with the config keys that apply it and what they cost."""
-    return dataclasses.replace(plan, config_updates=dict(updates))
+    """The plan with the config keys that apply it, what they cost, and the notes of this config."""
+    notes = [note for note in find_notes(cfg) if note not in plan.notes]
+    plan = dataclasses.replace(plan, config_updates=dict(updates), notes=[*plan.notes, *notes])
+    if sharded(cfg):  # no process holds the layers whose shapes a prediction is made from
+        return plan
+    stack = find_stack(model)
+    key = trains_embeddings(cfg)
+    mode = mode_of(
+        cfg,
+        module_names=[name for name, _ in model.named_modules()],
+        train_head=trains_head(cfg, stack),
+        stops_backward=stops_backward(cfg),
+    )
+    with ready_to_run(model, stack), left_as_found(model, autocast=autocast_of(cfg)):
+        prediction = predict(
+            stack,
+            mode=mode,
+            first_trainable=plan.first_trainable,
+            shape=StepShape(batch=cfg.micro_batch_size or 1, positions=cfg.sequence_len),
+            autocast=autocast_of(cfg),
+            why=f"`{key}` trains embeddings, so the backward pass runs through every layer." if key else None,
+        )
+    return dataclasses.replace(plan, prediction=prediction)
 
 
 def publish(cfg: Any, plan: Plan, *, config_as_written: Mapping[str, Any]) -> None:
-    """Write the plan and its recipe, and say what the plan holds; only the main process does this."""
+    """Write plan, recipe and report, and print the table; only the main process does this."""
     path = plan_path(cfg)
     write_text(path, plan.to_json())
-    write_text(path.with_name(RECIPE_FILE), recipe_text(config_as_written, plan))
-    for note in (*find_notes(cfg), *plan.notes):
-        LOG.warning(note)
-    LOG.info("layersel: training layers %s of %d; the plan is %s", plan.trainable_layers, plan.num_layers, path)
+    config_text = recipe_text(config_as_written, plan)
+    write_text(path.with_name(RECIPE_FILE), config_text)
+    if options_of(cfg).report:
+        write_report(plan, path.parent, config_text=config_text)
+    print_plan(plan)
+    LOG.info("layersel: the plan is %s", path)
+
+
+def stops_backward(cfg: Any) -> bool:
+    """Whether this run ends its backward pass at the cut."""
+    return options_of(cfg).stop_backward and not trains_embeddings(cfg)
+
+
+def trains_head(cfg: Any, stack: DecoderStack) -> bool:
+    """Whether this run trains final norm and head: in full fine-tuning, where that does not reach the embeddings."""
+    return not cfg.adapter and targets.resolve_train_head(options_of(cfg).train_head, tied=stack.tied)
+
+
+def autocast_of(cfg: Any) -> torch.dtype | None:
+    """The trainer's autocast dtype, or None for full precision."""
+    return cfg.torch_dtype if cfg.torch_dtype in AUTOCAST_TYPES else None
 
 
 def reentrant(cfg: Any) -> bool:

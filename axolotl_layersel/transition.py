@@ -135,7 +135,14 @@ class TransitionMeter:
     """Turns the latent states of one batch, handed over in order, into sums for each row. Keeps one state only."""
 
     def __init__(
-        self, *, num_layers: int, labels_N: Tensor, rows_N: Tensor, num_rows: int, bases_ND: Tensor, deviation: Deviation
+        self,
+        *,
+        num_layers: int,
+        labels_N: Tensor,
+        rows_N: Tensor,
+        num_rows: int,
+        bases_ND: Tensor,
+        deviation: Deviation,
     ) -> None:
         self._labels_N, self._rows_N, self._num_rows = labels_N, rows_N, num_rows
         self._bases_ND, self._deviation = bases_ND, deviation

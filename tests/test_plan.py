@@ -68,7 +68,10 @@ def test_a_plan_is_found_in_a_run_s_folder_and_in_a_checkpoint(tmp_path: Path) -
         ('{"base_model": "m"}', "has no schema_version"),
         (_edited(schema_version=99), "schema_version 99; this version reads 1"),
         (_edited(first_trainable=2), "was edited: trainable_layers is .1, 2., but first_trainable 2"),
-        (_edited(first_trainable=3, trainable_layers=[]), "first_trainable is 3; a model of 3 decoder layers allows 0 to 2"),
+        (
+            _edited(first_trainable=3, trainable_layers=[]),
+            "first_trainable is 3; a model of 3 decoder layers allows 0 to 2",
+        ),
         (_edited(first_trainable="1"), "first_trainable is '1'; allowed is a whole number"),
         (_edited(adapter="dora"), "adapter is 'dora'; allowed is"),
         (_edited(gain=[1.0]), "gain is .1.0.; allowed is 3 finite numbers"),
