@@ -1,0 +1,157 @@
+"""Four fine-tuning tasks as token rows with the instruction mask that axolotl makes: only the response carries labels.
+
+- `gsm8k`: grade-school maths, alpaca prompt, step-by-step answer (a .jsonl with `question`, `answer`).
+- `roleplay`: role-play instructions, alpaca prompt (a .jsonl with `instruction`, `input`, `output`).
+- `code`: alpaca prompt with signature and docstring of a function of the running interpreter's standard library; the body is the answer.
+- `near`: two halves of a passage that pretraining never saw, without a template; the second half is the answer.
+
+Rows are cut at `max_length` tokens; a row whose answer would keep fewer than 12 tokens is dropped. Train and held-out rows never
+share a document (for `code`: a source file).
+"""
+
+import ast
+import json
+import random
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+TASKS = ("gsm8k", "roleplay", "code", "near")
+IGNORED = -100
+MIN_ANSWER = 12
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids and labels of a task; labels are -100 outside of the response."""
+
+    train: list[tuple[list[int], list[int]]]
+    heldout: list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Prompt, answer, and the document that both come from."""
+
+    prompt: str
+    answer: str
+    document: str
+
+
+def alpaca(instruction: str, context: str = "") -> str:
+    """The prompt of `type: alpaca`."""
+    template = WITH_INPUT if context else WITHOUT_INPUT
+    return template.format(instruction=instruction, input=context)
+
+
+def read_jsonl(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def gsm8k(path: Path) -> Iterator[Example]:
+    for number, row in enumerate(read_jsonl(path)):
+        yield Example(alpaca(row["question"]), row["answer"], str(number))
+
+
+def roleplay(path: Path) -> Iterator[Example]:
+    for number, row in enumerate(read_jsonl(path)):
+        yield Example(alpaca(row["instruction"], row.get("input", "")), row["output"], str(number))
+
+
+def code() -> Iterator[Example]:
+    """Functions with a docstring from the standard library of the running interpreter."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(root.rglob("*.py")):
+        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(file.parts):
+            continue
+        source = file.read_text(encoding="utf-8", errors="replace")
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 2:
+                head = "\n".join(lines[node.lineno - 1 : node.body[0].end_lineno])
+                body = "\n".join(lines[node.body[1].lineno - 1 : node.end_lineno])
+                yield Example(alpaca("Complete this Python function.", head), body, str(file))
+
+
+def near(documents: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Iterator[Example]:
+    """Passages of `max_length` tokens, first half and second half."""
+    for number, document in enumerate(documents):
+        offsets = tokenizer(document, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        for at in range(0, len(offsets) - max_length, max_length):
+            start, middle = offsets[at][0], offsets[at + max_length // 2][0]
+            end = offsets[at + max_length - 1][0]
+            yield Example(document[start:middle], document[middle:end], str(number))
+
+
+def tokenize(
+    example: Example, tokenizer: PreTrainedTokenizerBase, *, max_length: int, end: bool
+) -> tuple[list[int], list[int]] | None:
+    """Ids and labels, or None if too little of the answer is left within `max_length`."""
+    prompt = tokenizer(example.prompt, verbose=False)["input_ids"]
+    answer = tokenizer(example.answer, add_special_tokens=False, verbose=False)["input_ids"]
+    answer = answer + [tokenizer.eos_token_id] * end
+    ids = (prompt + answer)[:max_length]
+    if len(ids) - len(prompt) < MIN_ANSWER:
+        return None
+    return ids, [IGNORED] * len(prompt) + ids[len(prompt) :]
+
+
+def build_task(
+    name: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    paths: dict[str, Path],
+    heldout_documents: Callable[[], list[str]],
+    train_rows: int,
+    heldout_rows: int,
+    max_length: int,
+    seed: int = 0,
+) -> Rows:
+    """Draws the rows of one task.
+
+    Args:
+        name: one of `TASKS`.
+        paths: the .jsonl of `gsm8k` and of `roleplay`.
+        heldout_documents: gives the documents that pretraining has not seen, for `near`.
+        train_rows, heldout_rows: rows wanted; fewer than that is an error.
+    """
+    if name == "near":
+        examples = list(near(heldout_documents(), tokenizer, max_length=max_length))
+    elif name == "code":
+        examples = list(code())
+    elif name in ("gsm8k", "roleplay"):
+        examples = list((gsm8k if name == "gsm8k" else roleplay)(paths[name]))
+    else:
+        raise ValueError(f"got task {name!r}; allowed: {', '.join(TASKS)}")
+    draw = random.Random(seed)
+    documents = sorted({example.document for example in examples})
+    draw.shuffle(documents)
+    kept_out = set(documents[: max(1, len(documents) // 5)])
+    draw.shuffle(examples)
+    train: list[tuple[list[int], list[int]]] = []
+    heldout: list[tuple[list[int], list[int]]] = []
+    for example in examples:
+        part, wanted = (heldout, heldout_rows) if example.document in kept_out else (train, train_rows)
+        if len(part) < wanted:
+            row = tokenize(example, tokenizer, max_length=max_length, end=name != "near")
+            if row is not None:
+                part.append(row)
+    if len(train) < train_rows or len(heldout) < heldout_rows:
+        raise ValueError(
+            f"task {name!r} has {len(train)} training and {len(heldout)} held-out rows; wanted are {train_rows} and "
+            f"{heldout_rows}: give more text, or lower --steps or --rows"
+        )
+    return Rows(train=train, heldout=heldout)
