@@ -1,0 +1,430 @@
+"""Stop the backward pass at the cut, so that frozen layers cost a forward pass and nothing else; prove that it stops.
+
+Freezing layers does not free them. transformers, PEFT and TRL make the output of the input embeddings require grad,
+several times over, because reentrant checkpointing needs an input that does; from then on every frozen layer keeps its
+activations and is walked in backward, and checkpointing recomputes it. `stop_backward` takes these hooks away, and on
+the model instance puts two callables in front of the methods that would bring them back. With non-reentrant
+checkpointing nothing else is needed, and autograd finds its own end at the first trained parameter. Reentrant
+checkpointing keeps a boundary: the last frozen layer hands on a leaf that requires grad.
+
+Where something on the input side of the cut is trained, gradients must reach it: `obstacles` says what, and
+`restore_backward` undoes the rest. `FirstStepProof` then watches one training step and trusts none of the above.
+The plan says where the cut is (`plan.py`), `plugin.py` says when to call which of these.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from axolotl_layersel.stack import DecoderStack, first_tensor, unwrap
+
+LOG = logging.getLogger(__name__)
+
+# transformers (modeling_utils) uses the first name, PEFT and TRL the second, for models that have no such method.
+_INPUT_GRAD_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_grad"})
+_WRAPPER_PARTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_REPLACED_PARTS = (".base_layer", ".original_module")  # where PEFT keeps the module that it stands in for
+
+
+class FrontierError(RuntimeError):
+    """The backward pass does not stop where the plan says, or other parameters are trained than the plan says."""
+
+
+def normalise(name: str) -> str:
+    """A parameter or module name without what DDP, FSDP, torch.compile and checkpoint wrappers add to it."""
+    parts = [part for part in name.split(".") if part not in _WRAPPER_PARTS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def no_input_grads() -> None:
+    """Stands in front of `enable_input_require_grads` on a model whose backward pass stops at the cut."""
+
+
+class CheckpointTrainedLayers:
+    """Stands in front of `gradient_checkpointing_enable`: frozen layers stay without, `use_reentrant` stays as chosen.
+
+    An object, not a closure, so that a model that carries it can be copied and pickled and the copy's points to itself.
+    """
+
+    def __init__(
+        self, *, owner: nn.Module, enable: Callable[..., None] | None, frozen: Sequence[nn.Module], reentrant: bool
+    ) -> None:
+        self.owner = owner
+        self.enable = enable  # what stood on the instance before, or None for the method of the class
+        self.frozen = tuple(frozen)
+        self.reentrant = reentrant
+        self.told = False  # that a caller's use_reentrant is overruled: GRPO asks at every step
+
+    def __call__(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any) -> None:
+        """Enable checkpointing as the model would, then take the frozen layers out again."""
+        wanted = dict(gradient_checkpointing_kwargs or {})
+        asked = wanted.get("use_reentrant", self.reentrant)
+        if asked != self.reentrant and not self.told:
+            self.told = True
+            LOG.warning(
+                "gradient checkpointing was asked for with use_reentrant=%s; %s is used, so that the backward "
+                "pass stops at the first trained layer",
+                asked,
+                self.reentrant,
+            )
+        wanted["use_reentrant"] = self.reentrant
+        _enable_checkpointing(self.owner, self.enable, wanted, *args, **kwargs)
+        for layer in self.frozen:
+            _checkpoint_off(layer.modules())
+
+
+def boundary(module: nn.Module, _args: Any, output: Any) -> Any:
+    """Forward hook of the last frozen layer under reentrant checkpointing: hand on a leaf that requires grad.
+
+    Raises:
+        FrontierError: the output already needs gradient, so that a leaf would cut off something that is trained.
+    """
+    if not (module.training and torch.is_grad_enabled()):
+        return output
+    state = first_tensor(output)
+    if state.requires_grad:
+        raise FrontierError(
+            "the output of the last frozen decoder layer needs gradient, so something before it is trained or was made "
+            "to require grad; a boundary here would cut it off: freeze it, or train all layers"
+        )
+    leaf = state.detach().requires_grad_(True)
+    if isinstance(output, Tensor):
+        return leaf
+    return type(output)(leaf if item is state else item for item in output)
+
+
+def stop_backward(
+    model: nn.Module, *, layers: Sequence[nn.Module], first_trainable: int, reentrant: bool = False
+) -> None:
+    """Make the backward pass end at layer `first_trainable`, now and after later calls by Trainer, PEFT and TRL.
+
+    Repeating the call is harmless and takes away what was added around the instance methods in between.
+
+    Args:
+        model: the transformers model, or whatever wraps it (PEFT, DDP, torch.compile).
+        layers: its decoder layers 0..L-1, input side first.
+        first_trainable: k; layers below it are frozen. 0 changes nothing.
+        reentrant: keep reentrant checkpointing, with a boundary hook on layer k-1; otherwise checkpointing is made
+            non-reentrant, whatever a caller asks for. Not for models that torch.compile gets: compiled code may reuse
+            one layer's code, without the hook, for another, and what a caller asks for makes no difference there.
+
+    Raises:
+        FrontierError: nothing in `model` has `enable_input_require_grads`.
+        ValueError: `first_trainable` is not in 0..L-1.
+    """
+    _check_cut(layers, first_trainable)
+    if first_trainable == 0:
+        return
+    owners = _owners(model)
+    frozen = [unwrap(layer) for layer in layers[:first_trainable]]
+    for owner in owners:
+        vars(owner)["enable_input_require_grads"] = no_input_grads
+        present = vars(owner).get("gradient_checkpointing_enable")
+        stand_in = CheckpointTrainedLayers(owner=owner, enable=present, frozen=frozen, reentrant=reentrant)
+        if isinstance(present, CheckpointTrainedLayers):
+            stand_in.enable, stand_in.told = present.enable, present.told
+        vars(owner)["gradient_checkpointing_enable"] = stand_in
+    _strip_input_grads(model)
+    _strip_hooks(model.modules(), lambda hook: hook is boundary)
+    if reentrant:
+        layers[first_trainable - 1].register_forward_hook(boundary)
+    _checkpoint_again(owners[0], everywhere=False)
+
+
+def restore_backward(model: nn.Module) -> None:
+    """Undo `stop_backward`: gradients reach the input embeddings again, checkpointing covers every layer."""
+    owners = _owners(model)
+    if not any(vars(owner).get("enable_input_require_grads") is no_input_grads for owner in owners):
+        return
+    for owner in owners:
+        vars(owner).pop("enable_input_require_grads", None)
+        present = vars(owner).get("gradient_checkpointing_enable")
+        if isinstance(present, CheckpointTrainedLayers):
+            del vars(owner)["gradient_checkpointing_enable"]
+            if present.enable is not None:
+                vars(owner)["gradient_checkpointing_enable"] = present.enable
+    _strip_hooks(model.modules(), lambda hook: hook is boundary)
+    _checkpoint_again(owners[0], everywhere=True)
+    _strip_input_grads(model)  # one hook, not one more
+    enable_input_require_grads: Any = owners[0].enable_input_require_grads
+    enable_input_require_grads()
+
+
+def obstacles(model: nn.Module, *, stack: DecoderStack, first_trainable: int) -> list[str]:
+    """Why the backward pass cannot stop at the cut: one sentence for each place that is trained and must not be.
+
+    Args:
+        model: with its adapters loaded and its trainable parameters set.
+        stack: found in this model, before or after PEFT wrapped it.
+        first_trainable: k; for 0 there is nothing to stop.
+
+    Raises:
+        FrontierError: the stack is not part of `model`.
+    """
+    if first_trainable == 0:
+        return []
+    names = {id(module): normalise(name) for name, module in model.named_modules()}
+
+    def place(module: nn.Module) -> str:
+        if id(unwrap(module)) not in names:
+            raise FrontierError(f"a {type(module).__name__} of the decoder stack is not part of the model")
+        name = names[id(unwrap(module))]
+        while name.endswith(_REPLACED_PARTS):
+            name = name.rpartition(".")[0]
+        return name
+
+    free = [place(module) for module in (*stack.layers[first_trainable:], stack.final_norm, stack.head)]
+    frozen = [place(layer) for layer in stack.layers[:first_trainable]]
+    tied_weight = getattr(stack.embeddings, "weight", None) if stack.tied else None
+    embeddings = place(stack.embeddings)
+    found: dict[str, list[str]] = {}
+    for full_name, parameter in model.named_parameters():
+        name = normalise(full_name)
+        if not parameter.requires_grad:
+            continue
+        if parameter is tied_weight:
+            what = f"the unembedding shares its weight with the input embeddings {embeddings!r}, and that is trained"
+        elif _within(name, [embeddings]):
+            what = f"the input embeddings {embeddings!r} are trained"
+        elif _within(name, free):
+            continue
+        elif layer := _within(name, frozen):
+            what = f"the frozen decoder layer {layer!r} holds trained parameters"
+        elif "prompt_encoder" in name.split("."):
+            what = "a prompt in front of the first decoder layer is trained"
+        else:
+            what = "parameters outside the decoder layers, the final norm and the unembedding are trained"
+        found.setdefault(what, []).append(name)
+    return [f"{what} ({_shorten(at)}), so gradients must pass through every layer." for what, at in found.items()]
+
+
+def check_trainable(model: nn.Module, *, expected: Collection[str]) -> None:
+    """Compare the parameters that require grad with the plan's, by name and without regard to wrappers.
+
+    Raises:
+        FrontierError: with the names that are missing and those that are trained although the plan freezes them.
+    """
+    trained = {normalise(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    planned = {normalise(name) for name in expected}
+    if not planned:
+        raise FrontierError("the plan trains no parameter at all")
+    if trained != planned:
+        raise FrontierError(
+            f"the trainable parameters are not those of the plan; "
+            f"missing, {len(planned - trained)}: {_shorten(planned - trained)}; "
+            f"unexpected, {len(trained - planned)}: {_shorten(trained - planned)}"
+        )
+
+
+class FirstStepProof:
+    """Watches one training step: the last frozen layer needed no gradient, every trained parameter got one.
+
+    `attach` before the first forward pass, `check` after the first backward pass and before the optimizer step. A
+    compiled model is compiled once more when the hooks go; which of its modules ran is not known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Sequence[nn.Module],
+        first_trainable: int,
+        expected_trainable: Collection[str],
+    ) -> None:
+        _check_cut(layers, first_trainable)
+        self._model, self._layers, self._cut = model, tuple(layers), first_trainable
+        self._expected = expected_trainable
+        self._handles: list[RemovableHandle] = []
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._needed: set[bool] = set()  # did the output of layer k-1 need gradient, in a pass with gradients on
+        self._ran: set[str] = set()  # parameters whose module ran outside of compiled code, and decoder layers
+        self._reached: set[str] = set()  # parameters that got a gradient
+
+    def attach(self) -> None:
+        """Install the hooks.
+
+        Raises:
+            FrontierError: the trainable parameters are not the expected ones, or the layers not those of the model.
+        """
+        self.detach()
+        check_trainable(self._model, expected=self._expected)
+        modules = {id(module) for module in self._model.modules()}
+        if not all(id(unwrap(layer)) in modules for layer in self._layers):
+            raise FrontierError("the decoder layers to watch are not part of the model")
+        self._needed, self._ran, self._reached = set(), set(), set()
+        trained = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+        self._parameters = {normalise(name): parameter for name, parameter in trained}
+        names = {id(parameter): normalise(name) for name, parameter in trained}
+        if self._cut > 0:
+            self._handles.append(self._layers[self._cut - 1].register_forward_hook(self._watch_boundary))
+        for module in self._model.modules():
+            owned = [names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad]
+            if owned:
+                self._handles.append(module.register_forward_hook(self._note_run(owned)))
+        for index, layer in list(enumerate(self._layers))[self._cut :]:
+            self._handles.append(layer.register_forward_hook(self._note_run([f"decoder layer {index}"])))
+        for name, parameter in self._parameters.items():
+            self._handles.append(parameter.register_hook(self._note_gradient(name)))
+
+    def detach(self) -> None:
+        """Remove the hooks; nothing of the proof stays in the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def check(self) -> list[str]:
+        """Judge the step that was watched, and remove the hooks.
+
+        Returns:
+            The trained parameters that got no gradient because their module did not run, such as those of experts
+            that no token was routed to.
+
+        Raises:
+            FrontierError: naming the layer or module that breaks the promise.
+        """
+        self.detach()
+        if self._cut > 0:
+            self._check_boundary()
+        without = [n for n, p in self._parameters.items() if not (n in self._reached or p.grad is not None)]
+        without = [name for name in without if self._parameters[name].numel()]  # an empty shard gets none
+        silent = {name.rpartition(".")[0] for name in without if name in self._ran}
+        if silent:
+            raise FrontierError(f"ran in the first step but got no gradient: {_shorten(silent)}")
+        for index, layer in list(enumerate(self._layers))[self._cut :]:
+            ids = {id(parameter) for parameter in layer.parameters()}
+            inside = [name for name, parameter in self._parameters.items() if id(parameter) in ids]
+            ran = not self._ran or f"decoder layer {index}" in self._ran
+            if ran and inside and set(inside) <= set(without):
+                # Fused kernels read weights without running their modules; a whole layer without gradient tells.
+                raise FrontierError(
+                    f"decoder layer {index} ran in the first step, but none of its {len(inside)} trained parameters "
+                    f"got a gradient: {_shorten(inside)}"
+                )
+        if len(without) == len(self._parameters):
+            raise FrontierError(f"no trained parameter got a gradient in the first step: {_shorten(without)}")
+        if without:
+            LOG.info("no gradient in the first step, because their modules did not run: %s", _shorten(without))
+        return without
+
+    def _check_boundary(self) -> None:
+        last = unwrap(self._layers[self._cut - 1])
+        where = next(normalise(name) for name, module in self._model.named_modules() if module is last)
+        if not self._needed and not self._reached:
+            raise FrontierError(
+                f"decoder layer {self._cut - 1} ({where}) did not run with gradients on between attach and check, so "
+                "nothing is proved; check after the first backward pass"
+            )
+        if not self._needed:  # compiled code need not run hooks: what could make the output need gradient?
+            LOG.info("decoder layer %d is compiled; that the backward pass stops is seen from the model", self._cut - 1)
+            frozen = [parameter for layer in self._layers[: self._cut] for parameter in layer.parameters()]
+            hooks = [hook for module in self._model.modules() for hook in module._forward_hooks.values()]
+            self._needed.add(any(p.requires_grad for p in frozen) or any(_is_input_grad_hook(hook) for hook in hooks))
+        if True in self._needed:
+            raise FrontierError(
+                f"the output of frozen decoder layer {self._cut - 1} ({where}) needs gradient, so the backward pass "
+                f"does not stop at the cut {self._cut}; something before it is trained or was made to require grad"
+            )
+
+    def _watch_boundary(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            held = boundary in module._forward_hooks.values()
+            tensors = output if isinstance(output, (tuple, list)) else (output,)
+            need = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad and not (held and t.is_leaf)]
+            self._needed.add(bool(need))
+
+    def _note_run(self, names: list[str]) -> Callable[[nn.Module, Any, Any], None]:
+        def note(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if not torch.compiler.is_compiling():  # a side effect inside a checkpoint would break the graph
+                self._ran.update(names)
+
+        return note
+
+    def _note_gradient(self, name: str) -> Callable[[Tensor], None]:
+        # Not `parameter.grad` alone: DeepSpeed moves gradients away from it during the backward pass.
+        def note(_gradient: Tensor) -> None:
+            self._reached.add(name)
+
+        return note
+
+
+def _check_cut(layers: Sequence[nn.Module], first_trainable: int) -> None:
+    if not 0 <= first_trainable < len(layers):
+        raise ValueError(
+            f"first_trainable is {first_trainable}; {len(layers)} decoder layers allow 0 to {len(layers) - 1}"
+        )
+
+
+def _owners(model: nn.Module) -> list[nn.Module]:
+    """The transformers models in `model`, outermost first."""
+    owners = [m for m in model.modules() if callable(getattr(type(m), "enable_input_require_grads", None))]
+    if not owners:
+        raise FrontierError(
+            f"nothing in {type(model).__name__} has enable_input_require_grads; allowed are transformers models"
+        )
+    return owners
+
+
+def _enable_checkpointing(owner: Any, enable: Callable[..., None] | None, *args: Any, **kwargs: Any) -> None:
+    if enable is None:
+        type(owner).gradient_checkpointing_enable(owner, *args, **kwargs)
+    else:
+        enable(*args, **kwargs)
+
+
+def _checkpoint_again(owner: Any, *, everywhere: bool) -> None:
+    """Where checkpointing is on, enable it once more with its own arguments, on the layers that have it or on all."""
+    flagged = [module for module in owner.modules() if hasattr(module, "gradient_checkpointing")]
+    without = [module for module in flagged if not module.gradient_checkpointing]
+    if len(without) == len(flagged):
+        return
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in flagged]
+    arguments = next((f.keywords for f in functions if isinstance(f, functools.partial)), {})
+    owner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(arguments))
+    if not everywhere:  # transformers' every_n_layers, and layers already frozen
+        _checkpoint_off(without)
+
+
+def _checkpoint_off(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if hasattr(module, "gradient_checkpointing"):
+            vars(module)["gradient_checkpointing"] = False
+
+
+def _strip_input_grads(model: nn.Module) -> None:
+    _strip_hooks(model.modules(), _is_input_grad_hook)
+    for owner in _owners(model):  # the handles that transformers keeps
+        vars(owner).pop("_require_grads_hook", None)
+        if "_require_grads_hooks" in vars(owner):
+            vars(owner)["_require_grads_hooks"] = []
+
+
+def _is_input_grad_hook(hook: Any) -> bool:
+    return getattr(hook, "__name__", "") in _INPUT_GRAD_HOOKS
+
+
+def _strip_hooks(modules: Iterable[nn.Module], unwanted: Callable[[Any], bool]) -> None:
+    for module in modules:
+        for key in [key for key, hook in module._forward_hooks.items() if unwanted(hook)]:
+            del module._forward_hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def _within(name: str, places: Iterable[str]) -> str:
+    """The place that holds the parameter `name`, or an empty string."""
+    return next((place for place in places if name.startswith(f"{place}.") or name == place), "")
+
+
+def _shorten(names: Collection[str]) -> str:
+    ordered = sorted(names)
+    rest = f", and {len(ordered) - 10} more" if len(ordered) > 10 else ""
+    return (", ".join(ordered[:10]) or "none") + rest

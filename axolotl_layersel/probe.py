@@ -1,0 +1,393 @@
+"""What a decoder layer does in a training step: its matrix products, which gradients they need, what it saves.
+
+Names of modules say little across model families, so nothing here is derived from them. One layer of each kind runs
+forward on a few positions, as it would in training, in each of the cases that a cut can put it in:
+
+- `trained`: it is trained, and its input needs gradient.
+- `first`: it is trained, and its input needs none; autograd then skips some products of the backward pass.
+- `passed`: it is frozen, but gradients flow through it, as they do where the backward pass is not stopped.
+
+Autograd itself tells which products need a gradient towards their input, and which tensors it keeps. Adapters do not
+exist yet when a cut is chosen, so LoRA's two small products are put behind the targeted modules for the occasion.
+`cost.py` turns a probe into FLOPs and bytes; the model is left as found, and no parameter is copied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from axolotl_layersel.stack import DecoderStack, first_tensor, unwrap
+from axolotl_layersel.trace import left_as_found
+from axolotl_layersel.weights import Matrix, linear_shape, with_adapters
+
+Case = Literal["trained", "first", "passed"]
+CASES: tuple[Case, ...] = ("trained", "first", "passed")
+
+_LENGTH = 64  # the chunk size of linear attention; one, two and three times this length fix a quadratic
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Bytes as a polynomial of the sequence length; quadratic only where attention keeps its scores."""
+
+    constant: float  # bytes, whatever the batch: weights that autocast has cast
+    per_position: float  # bytes for each position of each row
+    per_pair: float  # bytes for each pair of positions of each row
+
+    def at(self, *, batch: int, positions: int) -> float:
+        """Bytes for a micro batch of `batch` rows of `positions` positions."""
+        return self.constant + batch * positions * (self.per_position + positions * self.per_pair)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of a layer: a linear module, a router, or the experts of one name together."""
+
+    name: str  # in the layer, "*" for the number of an expert
+    inputs: int  # columns of the input
+    outputs: int  # columns of the output
+    modules: int  # 1, or how many experts
+    rows: float  # rows that are multiplied for each position of the batch, over all modules (active experts only)
+    rank: int  # of its adapter where the layer is trained, 0 without one
+    input_grad: bool  # the backward pass computes the gradient of its input
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Scores and weighted sum of one softmax attention, over all pairs of positions."""
+
+    heads: int  # of the queries
+    query_size: int  # of a head
+    value_size: int  # of a head
+    backward: bool  # the backward pass goes through it
+    recomputes: bool  # fused kernels compute the scores again in backward, eager attention keeps them
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """A layer in one case."""
+
+    products: tuple[Product, ...]
+    attention: tuple[Attention, ...]
+    saved: Growth  # kept for backward: no parameters, nothing that all layers share
+    unrepeated: Product | None  # non-reentrant checkpointing leaves it out: nothing after it is kept
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """One decoder layer in all cases."""
+
+    passes: Mapping[Case, LayerPass]
+    parameters: int  # all of them
+    input_bytes: float  # of its hidden state, for each position: what checkpointing keeps
+
+
+@dataclass(frozen=True)
+class HeadProbe:
+    """Final norm, unembedding and cross-entropy."""
+
+    hidden: int  # D
+    vocabulary: int  # V
+    parameters: int  # of norm and unembedding
+    saved: Growth
+
+
+@dataclass(frozen=True)
+class StackProbe:
+    """All that `cost.py` needs to know about a model in one mode of training."""
+
+    layers: tuple[LayerProbe, ...]  # decoder layers 0..L-1; layers of one kind are one object
+    head: HeadProbe
+    shared: Growth  # kept once for all layers and rows, such as rotary embeddings
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the model handed to a layer."""
+
+    state: Tensor  # (1, T, D)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def probe_stack(
+    stack: DecoderStack,
+    *,
+    rank: int,
+    target_modules: Collection[str] | None = None,
+    dropout: float = 0.0,
+    train_head: bool = False,
+    autocast: torch.dtype | None = None,
+) -> StackProbe:
+    """Run one layer of each kind in each case, and the read-out, on up to 192 positions.
+
+    Args:
+        stack: of a model without adapters, on the device that it will be trained on.
+        rank: of the adapters; 0 for full fine-tuning.
+        target_modules: names, or ends of dotted names, of the modules with an adapter; None: every linear module.
+        dropout: of the adapters.
+        train_head: final norm and unembedding are trained too.
+        autocast: the trainer's autocast dtype, None for full precision.
+
+    Raises:
+        ValueError: the model carries adapters already, `target_modules` matches nothing, or a layer did not run.
+    """
+    config = getattr(stack.backbone, "config", None)
+    matrices = with_adapters(stack, rank=rank, target_modules=target_modules)
+    kinds = [_kind(stack, i, config, matrices[i]) for i in range(stack.num_layers)]
+    chosen = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
+    runs: dict[tuple[int, Case], list[_Run]] = {(i, case): [] for i in chosen.values() for case in CASES}
+    head_bytes: list[float] = []
+    unit = min(_LENGTH, (getattr(config, "max_position_embeddings", None) or 3 * _LENGTH) // 3)
+    lengths = (unit, 2 * unit, 3 * unit)
+    with left_as_found(stack.backbone, autocast=autocast):
+        for length in lengths:
+            calls = _capture(stack, chosen.values(), length)
+            for index, case in runs:
+                run = _Run(unwrap(stack.layers[index]), matrices[index], calls[index], case=case)
+                run.go(full=not rank, dropout=dropout)
+                runs[index, case].append(run)
+            head_bytes.append(_head_bytes(stack, config, calls[0].state, train_head=train_head))
+    probes = {}
+    for kind, i in chosen.items():
+        layer = unwrap(stack.layers[i])
+        probes[kind] = LayerProbe(
+            passes={case: _layer_pass(runs[i, case], unit, config) for case in CASES},
+            parameters=sum(parameter.numel() for parameter in layer.parameters()),
+            input_bytes=calls[i].state.nbytes / lengths[-1],
+        )
+    shared = [max(sum(lengths[n].saved.shared_bytes.values()) for lengths in runs.values()) for n in range(3)]
+    hidden, vocabulary = linear_shape(stack.head)
+    parameters = sum(p.numel() for part in (stack.final_norm, stack.head) for p in part.parameters())
+    head = HeadProbe(hidden=hidden, vocabulary=vocabulary, parameters=parameters, saved=_fit(head_bytes, unit))
+    return StackProbe(layers=tuple(probes[kind] for kind in kinds), head=head, shared=_fit(shared, unit))
+
+
+def _kind(stack: DecoderStack, index: int, config: Any, matrices: Sequence[Matrix]) -> tuple[Any, ...]:
+    """Layers of one kind cost the same: equal structure, equal adapters, equal type of attention."""
+    layer = unwrap(stack.layers[index])
+    types = getattr(config, "layer_types", None) or [None] * stack.num_layers
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+    return type(layer), types[index], shapes, tuple(matrix.rank for matrix in matrices)
+
+
+class _AllSeen(Exception):
+    """Ends a forward pass early; no error."""
+
+
+def _capture(stack: DecoderStack, indices: Collection[int], length: int) -> dict[int, _Call]:
+    """What the model hands to layers `indices` in a forward pass over `length` positions; it ends at the last."""
+    calls: dict[int, _Call] = {}
+    handles = []
+
+    def note(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[index] = _Call(first_tensor(args if args else kwargs.get("hidden_states")), args, dict(kwargs))
+            if len(calls) == len(indices):
+                raise _AllSeen
+
+        return hook
+
+    weight = stack.embeddings.get_parameter("weight")
+    ids = (torch.arange(length, device=weight.device) * 31 % weight.shape[0])[None]
+    try:
+        for index in indices:
+            handles.append(stack.layers[index].register_forward_pre_hook(note(index), with_kwargs=True))
+        with suppress(_AllSeen):
+            stack.backbone(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := sorted(set(indices) - set(calls)):
+        raise ValueError(f"decoder layers {missing} did not run; costs are predicted for a model that runs all of them")
+    return calls
+
+
+class _Saved:
+    """The storages that autograd keeps for backward while the hooks are on."""
+
+    def __init__(self, *, ours: Iterable[Tensor], shared: Iterable[Tensor] = ()) -> None:
+        self._ours = {_storage(tensor) for tensor in ours}  # parameters: there anyway
+        self._shared = {_storage(tensor) for tensor in shared}
+        self._alive: list[Tensor] = []  # a freed storage would give its address to another
+        self.bytes: dict[int, int] = {}
+        self.shared_bytes: dict[int, int] = {}
+        self.tensors = 0
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self.tensors += 1
+        key = _storage(tensor)
+        if key not in self._ours:
+            (self.shared_bytes if key in self._shared else self.bytes)[key] = tensor.untyped_storage().nbytes()
+            self._alive.append(tensor.detach())
+        return tensor
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _Run:
+    """One forward pass of one layer in one case, watched."""
+
+    def __init__(self, layer: nn.Module, matrices: Sequence[Matrix], call: _Call, *, case: Case) -> None:
+        self.layer, self.matrices, self.call, self.case = layer, matrices, call, case
+        self.state = call.state
+        self.rows = [0.0] * len(matrices)  # of the inputs, for each position
+        self.input_grad: list[bool | None] = [None] * len(matrices)
+        self.order: list[int] = []
+        self.kept_by_last = 0  # tensors that autograd kept until the last product was done
+
+    def go(self, *, full: bool, dropout: float) -> None:
+        """Run; with `full` all parameters of a trained layer are trained, otherwise adapters."""
+        trained = self.case != "passed"
+        state = self.state.detach().requires_grad_(self.case != "first")
+        pairs = {i: _adapter(m, state.device) for i, m in enumerate(self.matrices) if m.rank and trained}
+        ours = [*self.layer.parameters(), *self.layer.buffers(), *(t for pair in pairs.values() for t in pair)]
+        given = [t for t in pytree.tree_leaves((self.call.args, self.call.kwargs)) if isinstance(t, Tensor)]
+        self.saved = _Saved(ours=ours, shared=[t for t in given if t is not self.state])
+        handles = []
+        try:
+            for i, matrix in enumerate(self.matrices):
+                if i in pairs:
+                    handles.append(matrix.module.register_forward_hook(_adapt(*pairs[i], dropout=dropout)))
+                handles.append(matrix.module.register_forward_hook(self._watch(i), with_kwargs=True))
+            call = (self.call.args, self.call.kwargs)
+            args, kwargs = pytree.tree_map(lambda item: state if item is self.state else item, call)
+            with _in_training(self.layer, trained=full and trained), self.saved.hooks():
+                self.layer(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch(self, index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+            entering = first_tensor([*args, *kwargs.values()])
+            self.rows[index] += entering.numel() / entering.shape[-1] / self.state.shape[-2]
+            self.input_grad[index] = bool(self.input_grad[index]) or entering.requires_grad
+            self.order.append(index)
+            self.kept_by_last = self.saved.tensors
+
+        return hook
+
+
+def _adapter(matrix: Matrix, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+    """LoRA's A (rank, inputs) and B (outputs, rank), in float32 as PEFT keeps them beside half precision."""
+    down = torch.zeros(matrix.rank, matrix.inputs, device=device)
+    return nn.Parameter(down), nn.Parameter(torch.zeros(matrix.outputs, matrix.rank, device=device))
+
+
+def _adapt(down: nn.Parameter, up: nn.Parameter, *, dropout: float) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        entering = F.dropout(args[0].to(down.dtype), dropout) if dropout else args[0].to(down.dtype)
+        return (output + F.linear(F.linear(entering, down), up) * 2.0).to(output.dtype)
+
+    return hook
+
+
+@contextmanager
+def _in_training(layer: nn.Module, *, trained: bool) -> Iterator[None]:
+    """With gradients and dropout, without checkpointing; afterwards as found."""
+    modes = [(module, module.training) for module in layer.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+    checkpointed = [m for m in layer.modules() if vars(m).get("gradient_checkpointing")]
+    try:
+        layer.train()
+        for parameter, _ in flags:
+            parameter.requires_grad_(trained and parameter.is_floating_point())
+        for module in checkpointed:
+            vars(module)["gradient_checkpointing"] = False
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+        for module in checkpointed:
+            vars(module)["gradient_checkpointing"] = True
+
+
+def _layer_pass(runs: Sequence[_Run], unit: int, config: Any) -> LayerPass:
+    longest = runs[-1]  # reaches the most experts
+    experts = float(next((getattr(config, name) for name in _TOP_K if getattr(config, name, None)), 1))
+    grouped: dict[tuple[str, int, int], list[int]] = {}
+    for i, matrix in enumerate(longest.matrices):
+        name = re.sub(r"\.\d+(?=\.)", ".*", matrix.name)
+        grouped.setdefault((name, matrix.inputs, matrix.outputs), []).append(i)
+    products = []
+    unrepeated = None
+    for (name, inputs, outputs), members in grouped.items():
+        one = longest.matrices[members[0]]
+        rows = sum(longest.rows[i] for i in members) or 1.0
+        if isinstance(one.module, _ConvNd):  # channels come before positions
+            rows = 1.0
+        elif one.experts > 1 and rows == 1.0:  # otherwise the rows were repeated for the experts before
+            rows = experts
+        known = [grad for i in members if (grad := longest.input_grad[i]) is not None]
+        grad = any(known) if known else longest.case != "first"
+        product = Product(name, inputs, outputs, len(members) * one.experts, rows, one.rank, grad)
+        products.append(product)
+        if longest.order[-1] in members and longest.kept_by_last == longest.saved.tensors:
+            unrepeated = product
+    attention = tuple(_attention(longest, config))
+    return LayerPass(
+        tuple(products), attention, _fit([sum(run.saved.bytes.values()) for run in runs], unit), unrepeated
+    )
+
+
+def _attention(run: _Run, config: Any) -> Iterator[Attention]:
+    """Softmax attentions are the modules that say whether they are causal, as fused kernels want to know."""
+    found: list[str] = []
+    for name, module in run.layer.named_modules():
+        if not hasattr(module, "is_causal") or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        found.append(name)
+        heads = getattr(module, "num_heads", None) or config.num_attention_heads
+        size = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        inside = [i for i in run.order if run.matrices[i].name.startswith(f"{name}.")]
+        yield Attention(
+            heads=heads,
+            query_size=getattr(module, "qk_head_dim", None) or size,
+            value_size=getattr(module, "v_head_dim", None) or size,
+            backward=bool(run.input_grad[inside[-1]]) if inside else run.case != "first",
+            recomputes=getattr(config, "_attn_implementation", None) != "eager",
+        )
+
+
+def _head_bytes(stack: DecoderStack, config: Any, state: Tensor, *, train_head: bool) -> float:
+    """What norm, unembedding and cross-entropy keep for the states of one short row."""
+    saved = _Saved(ours=[p for part in (stack.final_norm, stack.head) for p in part.parameters()])
+    cap = getattr(config, "final_logit_softcapping", None)
+    with (
+        _in_training(stack.final_norm, trained=train_head),
+        _in_training(stack.head, trained=train_head),
+        saved.hooks(),
+    ):
+        logits_NV = stack.head(stack.final_norm(state.detach().requires_grad_(True)))[0].float()
+        if cap:
+            logits_NV = torch.tanh(logits_NV / cap) * cap
+        F.cross_entropy(logits_NV, torch.zeros(len(logits_NV), dtype=torch.long, device=logits_NV.device))
+    return float(sum(saved.bytes.values()))
+
+
+def _fit(sizes: Sequence[float], unit: int) -> Growth:
+    """The polynomial through the bytes at one, two and three times `unit` positions."""
+    one, two, three = sizes
+    pair = (three - 2 * two + one) / (2 * unit**2)
+    position = (two - one) / unit - 3 * unit * pair
+    return Growth(constant=one - unit * position - unit**2 * pair, per_position=position, per_pair=pair)
