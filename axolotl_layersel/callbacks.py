@@ -18,7 +18,7 @@ from axolotl_layersel.targets import expected_trainable
 LOG = logging.getLogger("axolotl.integrations.layersel")
 
 
-class PlanGuard(TrainerCallback):
+class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any to mypy here
     """Hold the run to its plan: by parameter name before the first step, by gradient in the first step.
 
     Args:

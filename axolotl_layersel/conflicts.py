@@ -51,8 +51,8 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
     for key in ("unfrozen_parameters", "peft_layers_to_transform"):
         if cfg.get(key):
             yield (
-                f"`{key}` is {_short(cfg[key])}, and the plugin writes that key itself: remove it, or remove the plugin "
-                "and keep it; a cut of your own goes into `layersel: {first_layer: ...}`."
+                f"`{key}` is {_short(cfg[key])}, and the plugin writes that key itself: remove it, or keep it and remove "
+                "the plugin; a cut of your own goes into `layersel: {first_layer: ...}`."
             )
     if cfg.get("peft_layers_pattern"):
         yield "`peft_layers_pattern` is set, and the plugin writes that key itself: remove it."
@@ -65,7 +65,7 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
     if any(str(p).startswith("axolotl.integrations.spectrum") for p in _as_list(cfg.get("plugins"))):
         yield "the Spectrum plugin chooses layers as well: keep one of the two plugins."
     if cfg.get("optimizer") == "polora" and not adapter:
-        yield "`optimizer: polora` refuses `unfrozen_parameters`, which full fine-tuning of a suffix needs: choose another."
+        yield "`optimizer: polora` refuses `unfrozen_parameters`, which full fine-tuning of a suffix needs: change it."
     if cfg.get("peft_layer_replication"):
         yield "`peft_layer_replication` repeats layers, so layer indices mean something else: remove it."
     if cfg.get("reward_model") or cfg.get("process_reward_model"):
@@ -108,8 +108,8 @@ def _notes(cfg: Mapping[str, Any]) -> Iterator[str]:
         )
     if cfg.get("lora_model_dir"):
         yield (
-            "`lora_model_dir` continues an adapter whose own file says where it sits: adapters of frozen layers stay in "
-            "place and are not trained."
+            "`lora_model_dir` continues an adapter whose own file says where it sits: adapters of frozen layers stay "
+            "where they are and are not trained."
         )
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
     if cfg.get("gradient_checkpointing") and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"):

@@ -229,7 +229,7 @@ def _measure_batch(
 
 
 def _read(norm: nn.Module, hidden_ND: Tensor) -> Tensor:
-    """r = N(h) in float32, outside of autocast."""
+    """The representation N(h), in float32 and outside of autocast."""
     parameter = next(norm.parameters())
     with torch.autocast(hidden_ND.device.type, enabled=False):
         states_ND: Tensor = norm(hidden_ND.to(parameter))
@@ -270,5 +270,6 @@ def _check_finite(part: RowStatistics, model: nn.Module) -> None:
         else "all parameters are finite, so the forward pass overflows: try bf16 instead of fp16, or look at these rows"
     )
     raise ScoringError(
-        f"rows {part.rows_R[~finite_R].tolist()} of the calibration sample give latent states that are not finite; {cause}"
+        f"rows {part.rows_R[~finite_R].tolist()} of the calibration sample give latent states that are not finite; "
+        f"{cause}"
     )

@@ -19,7 +19,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin, PluginManager
 from torch import nn
 
-from axolotl_layersel import frontier, run
+from axolotl_layersel import frontier, run, settings
 from axolotl_layersel.callbacks import PlanGuard
 from axolotl_layersel.conflicts import names_plugin
 from axolotl_layersel.plan import Plan
@@ -41,7 +41,7 @@ class _Run:
     train_head: bool = False
 
 
-class LayerSelPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no types
+class LayerSelPlugin(BasePlugin):
     """Select the decoder layers to fine-tune by semantic transition; see the package's README."""
 
     def __init__(self) -> None:
@@ -86,11 +86,11 @@ class LayerSelPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no type
         for key, value in updates.items():
             cfg[key] = value
         stack = find_stack(model)
-        current.train_head = run.trains_head(cfg, stack)
-        current.stops_backward = run.stops_backward(cfg)
+        current.train_head = settings.trains_head(cfg, stack)
+        current.stops_backward = settings.stops_backward(cfg)
         if current.stops_backward:
             frontier.stop_backward(
-                model, layers=stack.layers, first_trainable=plan.first_trainable, reentrant=run.reentrant(cfg)
+                model, layers=stack.layers, first_trainable=plan.first_trainable, reentrant=settings.reentrant(cfg)
             )
 
     def post_model_load(self, cfg: Any, model: nn.Module) -> None:
@@ -122,11 +122,11 @@ class LayerSelPlugin(BasePlugin):  # type: ignore[misc]  # axolotl ships no type
             PlanGuard(
                 current.plan,
                 train_head=current.train_head,
-                plan_file=run.plan_path(cfg),
+                plan_file=settings.plan_path(cfg),
                 stops_backward=current.stops_backward,
             ),
             StepTimer(current.plan, trainer=trainer),
-            tracker_callback(current.plan, run.plan_path(cfg).parent, trainer=trainer),
+            tracker_callback(current.plan, settings.plan_path(cfg).parent, trainer=trainer),
         ]
 
     def post_train_unload(self, cfg: Any) -> None:

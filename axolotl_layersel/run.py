@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
-from types import MethodType
 from typing import Any
 
-import torch
 from axolotl.utils.logging import get_logger
 from torch import nn
 
@@ -28,26 +24,16 @@ from axolotl_layersel.cost import StepShape
 from axolotl_layersel.forecast import mode_of, predict
 from axolotl_layersel.html import write_report
 from axolotl_layersel.pipeline import score_layers
-from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER, Plan, PlanError, read_plan, write_text
+from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
 from axolotl_layersel.processes import Processes
+from axolotl_layersel.readiness import place, ready_to_run
 from axolotl_layersel.recipe import RECIPE_FILE, recipe_text
 from axolotl_layersel.report import Progress, print_plan
+from axolotl_layersel.settings import autocast_of, options_of, plan_path, stops_backward, trains_head
 from axolotl_layersel.stack import DecoderStack, find_stack
 from axolotl_layersel.trace import left_as_found
 
 LOG = get_logger("axolotl.integrations.layersel")
-
-AUTOCAST_TYPES = (torch.bfloat16, torch.float16)
-
-
-def options_of(cfg: Mapping[str, Any]) -> LayerSelOptions:
-    """The validated `layersel:` block of a config; all defaults where there is none."""
-    return LayerSelOptions(**dict(cfg.get("layersel") or {}))
-
-
-def plan_path(cfg: Any) -> Path:
-    """Where this run's plan is written: `<output_dir>/layersel/plan.json`."""
-    return Path(cfg.output_dir) / PLAN_FOLDER / PLAN_FILE
 
 
 def decide(cfg: Any, model: nn.Module, dataset: Any, *, processes: Processes) -> Plan:
@@ -183,40 +169,6 @@ def _describe(sample: Sample, cfg: Any, tokens: int, loss: float) -> dict[str, A
     }
 
 
-def place(model: nn.Module) -> None:
-    """Move the model to this process's GPU if axolotl left it on the CPU; the trainer would do so later."""
-    devices = set(getattr(model, "hf_device_map", {}).values())
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    if torch.cuda.is_available() and on_cpu and len(devices) <= 1:
-        model.to(f"cuda:{torch.cuda.current_device()}")
-
-
-@contextmanager
-def ready_to_run(model: nn.Module, stack: DecoderStack) -> Iterator[None]:
-    """Let the bare model run although axolotl has prepared it for adapters; undone on leaving.
-
-    For LoRA kernels axolotl rewrites the attention class to call `apply_qkv` and `apply_o`, which instances get only
-    after adapters are loaded; a tiled MLP caches its trainable parameters in its first forward, before there are any.
-    """
-    from axolotl.monkeypatch import lora_kernels
-
-    lent: list[nn.Module] = []
-    for layer in stack.layers:
-        for (attention,) in ((a,) for a in lora_kernels.find_self_attn_in_layer(layer)):
-            if not hasattr(attention, "apply_qkv"):
-                attention.apply_qkv = MethodType(lora_kernels.original_apply_qkv, attention)
-                attention.apply_o = MethodType(lora_kernels.original_apply_o, attention)
-                lent.append(attention)
-    try:
-        yield
-    finally:
-        for attention in lent:
-            del attention.apply_qkv, attention.apply_o
-        for module in model.modules():
-            if getattr(module, "_compute_params", None):
-                module._compute_params = []
-
-
 def config_updates(cfg: Any, model: nn.Module, plan: Plan) -> dict[str, Any]:
     """The config keys that make axolotl train exactly the plan's layers, in this run's mode."""
     stack = find_stack(model)
@@ -277,23 +229,3 @@ def publish(cfg: Any, plan: Plan, *, config_as_written: Mapping[str, Any]) -> No
         write_report(plan, path.parent, config_text=config_text)
     print_plan(plan)
     LOG.info("layersel: the plan is %s", path)
-
-
-def stops_backward(cfg: Any) -> bool:
-    """Whether this run ends its backward pass at the cut."""
-    return options_of(cfg).stop_backward and not trains_embeddings(cfg)
-
-
-def trains_head(cfg: Any, stack: DecoderStack) -> bool:
-    """Whether this run trains final norm and head: in full fine-tuning, where that does not reach the embeddings."""
-    return not cfg.adapter and targets.resolve_train_head(options_of(cfg).train_head, tied=stack.tied)
-
-
-def autocast_of(cfg: Any) -> torch.dtype | None:
-    """The trainer's autocast dtype, or None for full precision."""
-    return cfg.torch_dtype if cfg.torch_dtype in AUTOCAST_TYPES else None
-
-
-def reentrant(cfg: Any) -> bool:
-    """Whether the user asked for reentrant checkpointing."""
-    return bool(cfg.gradient_checkpointing and (cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant"))

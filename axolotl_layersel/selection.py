@@ -71,7 +71,8 @@ def select_cut(
 
 def bootstrap_counts(num_rows: int, *, seed: int, resamples: int = RESAMPLES) -> Array:
     """How often each row occurs in each resample, (B, R), drawn with replacement; equal seeds, equal draws."""
-    return np.random.default_rng(seed).multinomial(num_rows, np.full(num_rows, 1.0 / num_rows), size=resamples) * 1.0
+    counts_BR = np.random.default_rng(seed).multinomial(num_rows, np.full(num_rows, 1.0 / num_rows), size=resamples)
+    return counts_BR.astype(np.float64)
 
 
 def tally(cuts: Sequence[int]) -> dict[int, int]:

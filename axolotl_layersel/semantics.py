@@ -40,7 +40,8 @@ class SemanticBases:
         """
         unique_U, back_N = labels_N.to(self.weight_VD.device).unique(return_inverse=True)
         rows_DU = self.weight_VD[unique_U].to(self.factor_DD).T
-        return torch.cholesky_solve(rows_DU, self.factor_DD).T.float()[back_N.to(self.factor_DD.device)]
+        bases_UD = torch.cholesky_solve(rows_DU, self.factor_DD).T.float()
+        return bases_UD.index_select(0, back_N.to(self.factor_DD.device))
 
     def all(self) -> Tensor:
         """Bases of the whole vocabulary, (V, D) float32: only `semantic_loss` needs them."""

@@ -9,7 +9,7 @@ functions raise `StackError` and list the candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +69,8 @@ def find_stack(model: nn.Module) -> DecoderStack:
         StackError: there is no unembedding, no module list beside the embeddings, or no final norm.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embeddings = _ask(model, "get_input_embeddings")
+    head = _ask(model, "get_output_embeddings")
     if embeddings is None or id(embeddings) not in names:
         raise StackError(f"{type(model).__name__} names no input embeddings; layer selection needs a decoder model")
     if head is None or id(head) not in names:
@@ -102,6 +102,11 @@ def find_stack(model: nn.Module) -> DecoderStack:
         embeddings_name=embeddings_name,
         tied=_shares_weight(embeddings, head),
     )
+
+
+def _ask(model: nn.Module, method: str) -> nn.Module | None:
+    answer = getattr(model, method, lambda: None)()
+    return answer if isinstance(answer, nn.Module) else None
 
 
 def _shares_weight(embeddings: nn.Module, head: nn.Module) -> bool:
@@ -166,7 +171,7 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> 
     mismatch: list[str] = []
     handles = []
 
-    def into(index: int):
+    def into(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             order.append(index)
             state = first_tensor(args if args else kwargs.get("hidden_states"))

@@ -80,20 +80,17 @@ class StepTimer(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
 
     def _report(self) -> None:
         forward, backward = median(self.forward), median(self.backward)
-        measured = {
-            "forward_seconds": forward,
-            "backward_seconds": backward,
-            "backward_per_forward": backward / forward,
-        }
+        ratio = backward / forward
+        measured = {"forward_seconds": forward, "backward_seconds": backward, "backward_per_forward": ratio}
         said = f"measured over {len(self.forward)} passes: forward {forward:.4f} s, backward {backward:.4f} s"
-        absolute = (self.plan.prediction or {}).get("absolute")
-        if absolute:
+        prediction = self.plan.prediction or {}
+        if absolute := prediction.get("absolute"):
             predicted = absolute["backward_flops"] / absolute["forward_flops"]
             every = absolute["all_layers_backward_flops"] / absolute["forward_flops"]
-            measured["step"] = (forward + backward) / (forward * (1 + every))
+            measured["step"] = (1 + ratio) / (1 + every)
             said += (
-                f"; backward / forward {backward / forward:.2f}, predicted {predicted:.2f} ({every:.2f} for all layers); "
-                f"step against all layers {measured['step']:.2f}, predicted {self.plan.prediction['step']:.2f}"  # type: ignore[index]
+                f"; backward / forward {ratio:.2f}, predicted {predicted:.2f} ({every:.2f} for all layers); "
+                f"step against all layers {measured['step']:.2f}, predicted {prediction['step']:.2f}"
             )
         LOG.info("layersel: %s", said)
         log_measured(self.trainer, measured)

@@ -8,7 +8,7 @@ from pathlib import Path
 import axolotl_layersel
 
 PACKAGE = Path(axolotl_layersel.__file__).parent
-KNOWS_AXOLOTL = {"plugin", "run", "cli", "_startup"}
+KNOWS_AXOLOTL = {"plugin", "run", "readiness", "standalone", "cli", "_startup"}
 # Rows of the layout: a module imports only from rows above its own.
 ROWS = [
     {"__init__", "_startup"},
