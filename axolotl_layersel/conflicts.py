@@ -51,8 +51,8 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
     for key in ("unfrozen_parameters", "peft_layers_to_transform"):
         if cfg.get(key):
             yield (
-                f"`{key}` is {_short(cfg[key])}, and the plugin writes that key itself: remove it, or keep it and remove "
-                "the plugin; a cut of your own goes into `layersel: {first_layer: ...}`."
+                f"`{key}` is {_short(cfg[key])}, and the plugin writes that key itself: remove it, or keep it and "
+                "remove the plugin; a cut of your own goes into `layersel: {first_layer: ...}`."
             )
     if cfg.get("peft_layers_pattern"):
         yield "`peft_layers_pattern` is set, and the plugin writes that key itself: remove it."

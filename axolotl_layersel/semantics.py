@@ -40,8 +40,8 @@ class SemanticBases:
         """
         unique_U, back_N = labels_N.to(self.weight_VD.device).unique(return_inverse=True)
         rows_DU = self.weight_VD[unique_U].to(self.factor_DD).T
-        bases_UD = torch.cholesky_solve(rows_DU, self.factor_DD).T.float()
-        return bases_UD.index_select(0, back_N.to(self.factor_DD.device))
+        bases_UD: Tensor = torch.cholesky_solve(rows_DU, self.factor_DD).T.float()
+        return bases_UD[back_N.to(self.factor_DD.device)]
 
     def all(self) -> Tensor:
         """Bases of the whole vocabulary, (V, D) float32: only `semantic_loss` needs them."""
@@ -55,7 +55,7 @@ def unembedding_weight(head: nn.Module) -> Tensor:
     Raises:
         ValueError: the module has no two-dimensional weight.
     """
-    weight = dequantize_module_weight(head) if hasattr(head, "weight") else None
+    weight: Tensor | None = dequantize_module_weight(head) if hasattr(head, "weight") else None
     if weight is None or weight.dim() != 2:
         raise ValueError(
             f"the unembedding is a {type(head).__name__} without a V x D weight; labels have no semantic basis in it. "

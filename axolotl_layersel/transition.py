@@ -33,8 +33,9 @@ def cosine_deviation(states_ND: Tensor, bases_ND: Tensor) -> Tensor:
 
 def virtual_transition(states_ND: Tensor, bases_ND: Tensor) -> Tensor:
     """|r| b/|b| - r, (N, D): from where the representation stands to the semantics of its label, at its own length."""
-    length_N1 = torch.linalg.vector_norm(states_ND, dim=-1, keepdim=True)
-    return length_N1 * F.normalize(bases_ND, dim=-1, eps=_TINY) - states_ND
+    length_N1: Tensor = torch.linalg.vector_norm(states_ND, dim=-1, keepdim=True)
+    ideal_ND = length_N1 * F.normalize(bases_ND, dim=-1, eps=_TINY)
+    return ideal_ND - states_ND
 
 
 def factual_transition(states_ND: Tensor, next_states_ND: Tensor) -> Tensor:
@@ -53,9 +54,10 @@ def transition_miss(factual_ND: Tensor, virtual_ND: Tensor) -> Tensor:
     The length of the factual transition, weighted by its deviation and taken relative to what is left to go, so that
     a long move in a wrong direction near the goal counts most.
     """
-    left_N = torch.linalg.vector_norm(virtual_ND, dim=-1).clamp(min=_TINY)
-    moved_N = torch.linalg.vector_norm(factual_ND, dim=-1)
-    return moved_N * transition_deviation(factual_ND, virtual_ND) / left_N
+    left_N: Tensor = torch.linalg.vector_norm(virtual_ND, dim=-1).clamp(min=_TINY)
+    moved_N: Tensor = torch.linalg.vector_norm(factual_ND, dim=-1)
+    missed_N = moved_N * transition_deviation(factual_ND, virtual_ND)
+    return missed_N / left_N
 
 
 def logit_lens_loss(states_ND: Tensor, labels_N: Tensor, weight_VD: Tensor) -> Tensor:
