@@ -220,7 +220,7 @@ def table(choices: Sequence[Choice], *, num_layers: int) -> Table:
         rich_table.add_row(
             choice.method,
             "skipped" if cut is None else str(cut),
-            "" if cut is None else f"{num_layers - cut} of {num_layers}",
+            "" if cut is None else f"{num_layers - cut}/{num_layers}",
             *(_two_digits(v) for v in (choice.step, choice.overlap, choice.rank_correlation, choice.seconds)),
             style="bold" if place == 0 else "",
         )

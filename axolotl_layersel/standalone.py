@@ -24,6 +24,7 @@ from axolotl_layersel.calibration import draw_rows
 from axolotl_layersel.comparison import Choice, Rule, compare_methods
 from axolotl_layersel.conflicts import names_plugin
 from axolotl_layersel.plan import Plan, read_plan
+from axolotl_layersel.readiness import place, ready_to_run
 from axolotl_layersel.stack import find_stack
 
 DOTTED_NAME = "axolotl_layersel.LayerSelPlugin"
