@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_layersel.frontier import FirstStepProof, check_trainable
-from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER, Plan
+from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER, Plan, write_text
 from axolotl_layersel.stack import find_stack
 from axolotl_layersel.targets import expected_trainable
 
@@ -22,16 +21,14 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
     """Hold the run to its plan: by parameter name before the first step, by gradient in the first step.
 
     Args:
-        plan: the plan that the run applies.
+        plan: the plan that the run applies; written into every checkpoint, so that a resumed run finds it.
         train_head: full fine-tuning also trains final norm and head.
-        plan_file: copied into every checkpoint, so that a resumed run finds its plan.
         stops_backward: the backward pass ends at the cut, which the first step proves.
     """
 
-    def __init__(self, plan: Plan, *, train_head: bool, plan_file: Path, stops_backward: bool) -> None:
+    def __init__(self, plan: Plan, *, train_head: bool, stops_backward: bool) -> None:
         self.plan = plan
         self.train_head = train_head
-        self.plan_file = plan_file
         self.stops_backward = stops_backward
         self.proof: FirstStepProof | None = None
         self.proved = False
@@ -76,8 +73,7 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
         """Put the plan into the checkpoint that was just written."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            (folder / PLAN_FOLDER).mkdir(exist_ok=True)
-            shutil.copyfile(self.plan_file, folder / PLAN_FOLDER / PLAN_FILE)
+            write_text(folder / PLAN_FOLDER / PLAN_FILE, self.plan.to_json())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave no hook behind if the run ended before its first optimizer step."""

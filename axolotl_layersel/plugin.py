@@ -21,7 +21,8 @@ from torch import nn
 
 from axolotl_layersel import frontier, run, settings
 from axolotl_layersel.callbacks import PlanGuard
-from axolotl_layersel.conflicts import names_plugin
+from axolotl_layersel.claim import release_folders
+from axolotl_layersel.conflicts import cut_is_given, names_plugin
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.processes import Processes, join_processes
 from axolotl_layersel.stack import find_stack
@@ -65,8 +66,8 @@ class LayerSelPlugin(BasePlugin):
             return None
         self._run = _Run(cfg=cfg)
         others = [p for p in PluginManager.get_instance().plugins.values() if not isinstance(p, LayerSelPlugin)]
-        if any(type(p).load_datasets is not BasePlugin.load_datasets for p in others):
-            return None
+        if cut_is_given(cfg) and any(type(p).load_datasets is not BasePlugin.load_datasets for p in others):
+            return None  # theirs is the training set; nothing is scored on it. Two of them are refused by axolotl
         from axolotl.common.datasets import load_datasets, load_preference_datasets
 
         meta = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
@@ -79,10 +80,13 @@ class LayerSelPlugin(BasePlugin):
         if current is None or current.plan is not None:  # a reference model is loaded with the same config
             return
         current.processes = processes = join_processes(cpu=bool(cfg.use_cpu))
-        plan = run.decide(cfg, model, current.dataset, processes=processes)
-        updates = run.config_updates(cfg, model, plan)
-        current.plan = plan = run.complete(cfg, model, plan, updates)
-        processes.main_only(lambda: run.publish(cfg, plan, config_as_written=self.config_as_written))
+        with processes.stopping_together():
+            processes.main_only(lambda: run.claim(cfg))
+            plan = run.decide(cfg, model, current.dataset, processes=processes)
+            updates = run.config_updates(cfg, model, plan)
+            plan = run.complete(cfg, model, plan, updates)
+            processes.main_only(lambda: run.publish(cfg, plan, config_as_written=self.config_as_written))
+        current.plan = plan
         for key, value in updates.items():
             cfg[key] = value
         stack = find_stack(model)
@@ -122,7 +126,6 @@ class LayerSelPlugin(BasePlugin):
             PlanGuard(
                 current.plan,
                 train_head=current.train_head,
-                plan_file=settings.plan_path(cfg),
                 stops_backward=current.stops_backward,
             ),
             StepTimer(current.plan, trainer=trainer),
@@ -130,8 +133,9 @@ class LayerSelPlugin(BasePlugin):
         ]
 
     def post_train_unload(self, cfg: Any) -> None:
-        """Forget the run."""
+        """Forget the run, and let others train into its folder."""
         self._run = None
+        release_folders()
 
     def _current(self, cfg: Any) -> _Run | None:
         """The run of this very config object, or None outside of training."""

@@ -1,7 +1,7 @@
 """What several training processes must agree on: statistics, errors, and one decision.
 
-Every call here is made by all processes or by none. A process that fails tells the others before it raises, so that
-all stop with its error within seconds and none waits for a timeout.
+Every call here is made by all processes or by none, inside `stopping_together`. A process that fails there hands its
+error to the others in place of what they wait for, so that all stop within seconds and none waits for a timeout.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# As axolotl's own, which reads `ddp_timeout` into this variable: the group may serve the whole training.
+_TIMEOUT_VARIABLE, _TIMEOUT_SECONDS = "AXOLOTL_NCCL_TIMEOUT", "1800"
 
 
 class PeerError(RuntimeError):
@@ -34,29 +39,44 @@ class Processes:
         """Do `work` on every process and return all results by rank, on every process.
 
         Raises:
-            the process's own error where it failed itself, PeerError with that error's text on all others.
+            PeerError: another process failed, here or anywhere else in `stopping_together`; with its error's text.
         """
-        if self.world_size == 1:
-            return [work()]
-        from accelerate.utils import gather_object
-
-        failure: Exception | None = None
-        try:
-            mine: dict[str, Any] = {"result": work()}
-        except (ValueError, RuntimeError, OSError) as error:
-            failure = error
-            mine = {"error": f"rank {self.rank}: {type(error).__name__}: {error}"}
-        everyone: list[dict[str, Any]] = gather_object([mine])
-        if failure is not None:
-            raise failure
-        if errors := [e["error"] for e in everyone if "error" in e]:
-            raise PeerError(errors[0])
-        return [e["result"] for e in everyone]
+        mine = work()
+        return [mine] if self.world_size == 1 else [told["result"] for told in self._tell({"result": mine})]
 
     def main_only(self, work: Callable[[], T]) -> T:
         """Do `work` on the main process and hand its result, or its error, to all."""
         results = self.together(lambda: work() if self.is_main else None)
         return results[0]  # type: ignore[return-value]
+
+    def stopping_together(self) -> StoppingTogether:
+        """A block in which all processes stop when one fails; it ends with `together` or `main_only`."""
+        return StoppingTogether(self)
+
+    def _tell(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        from accelerate.utils import gather_object
+
+        everyone: list[dict[str, Any]] = gather_object([mine])
+        if "error" not in mine and (errors := [told["error"] for told in everyone if "error" in told]):
+            raise PeerError("; ".join(errors))
+        return everyone
+
+
+class StoppingTogether:
+    """What a process does when it leaves the block with an error: tell those who wait for its result."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A PeerError is known to all. An interrupt reaches every process from the launcher, at any point.
+        if self.processes.world_size > 1 and isinstance(error, Exception) and not isinstance(error, PeerError):
+            self.processes._tell({"error": f"rank {self.processes.rank} failed: {type(error).__name__}: {error}"})
 
 
 def join_processes(*, cpu: bool) -> Processes:
@@ -64,10 +84,21 @@ def join_processes(*, cpu: bool) -> Processes:
 
     Args:
         cpu: the run is on the CPU, where accelerate must be told so before it picks a backend.
+
+    Raises:
+        RuntimeError: the launcher started several processes, and accelerate has not joined them.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1:
         return Processes()
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    state = PartialState(cpu=True) if cpu else PartialState()
+    timeout = timedelta(seconds=int(os.environ.get(_TIMEOUT_VARIABLE, _TIMEOUT_SECONDS)))
+    state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
+    if state.num_processes != started:
+        raise RuntimeError(
+            f"the launcher started {started} processes, but this one knows of {state.num_processes}, so each would "
+            "choose and train on its own; on the CPU, set ACCELERATE_USE_CPU=true before the launch"
+        )
     return Processes(rank=state.process_index, world_size=state.num_processes)

@@ -19,6 +19,7 @@ from torch import nn
 from axolotl_layersel import __version__, targets
 from axolotl_layersel.args import LayerSelOptions
 from axolotl_layersel.calibration import Sample, draw_rows
+from axolotl_layersel.claim import check_writable, claim_folder
 from axolotl_layersel.conflicts import find_notes, sharded, trains_embeddings
 from axolotl_layersel.cost import StepShape
 from axolotl_layersel.forecast import mode_of, predict
@@ -36,6 +37,26 @@ from axolotl_layersel.trace import left_as_found
 LOG = get_logger("axolotl.integrations.layersel")
 
 
+def claim(cfg: Any) -> None:
+    """Keep other runs out of this run's folder, and see that the plan can be written there before anything is scored.
+
+    Raises:
+        ClaimError: another run is in it.
+        PlanError: nothing can be written there.
+    """
+    path = plan_path(cfg)
+    try:
+        note = claim_folder(path.parent.parent)
+        check_writable(path.parent)
+    except OSError as error:
+        raise PlanError(
+            f"the plan cannot be written to {str(path)!r}: {error}. Nothing was scored or trained; free some space, or "
+            "choose another output_dir"
+        ) from error
+    if note is not None:
+        LOG.warning(note)
+
+
 def decide(cfg: Any, model: nn.Module, dataset: Any, *, processes: Processes) -> Plan:
     """The plan of this run, equal on every process.
 
@@ -49,8 +70,8 @@ def decide(cfg: Any, model: nn.Module, dataset: Any, *, processes: Processes) ->
     """
     options = options_of(cfg)
     stack = find_stack(model)
-    given = _given_plan(cfg, options, stack)
-    resumed = _resumed_plan(cfg)
+    # One process reads for all: on another machine the same path may hold another plan, or none.
+    given, resumed = processes.main_only(lambda: (_given_plan(cfg, options, stack), _resumed_plan(cfg)))
     if resumed is not None:
         if given is not None and given.first_trainable != resumed.first_trainable:
             raise PlanError(
@@ -93,7 +114,14 @@ def _resumed_plan(cfg: Any) -> Plan | None:
         checkpoint = determine_last_checkpoint(cfg, update=False)
     if not checkpoint:
         return None
-    return read_plan(checkpoint)
+    try:
+        return read_plan(checkpoint)
+    except PlanError as error:
+        raise PlanError(
+            f"the checkpoint {str(checkpoint)!r} has no readable plan, so nobody knows which layers it trained: it was "
+            "written without this plugin, or training was killed while it was written. Remove it to go on from the "
+            f"one before, or train into another output_dir. ({error})"
+        ) from error
 
 
 def _check_fits(plan: Plan, cfg: Any, stack: DecoderStack, *, source: str) -> None:
@@ -141,7 +169,7 @@ def _scored_plan(
             together=processes.together,
             progress=progress,
         )
-    return Plan(
+    plan = Plan(
         **_identity(cfg),
         num_layers=stack.num_layers,
         first_trainable=scores.first_trainable,
@@ -156,6 +184,7 @@ def _scored_plan(
         notes=[*sample.notes, *scores.notes],
         seconds=round(time.perf_counter() - started, 3),
     )
+    return processes.main_only(lambda: plan)
 
 
 def _describe(sample: Sample, cfg: Any, tokens: int, loss: float) -> dict[str, Any]:
