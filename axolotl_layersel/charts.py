@@ -133,7 +133,7 @@ def trade_chart(plan: Plan) -> str:
     """What every cut keeps and costs."""
     curves = (
         ("kept", "improvement", plan.retention),
-        ("step", "step", per_cut(plan, "step")),
+        ("step", "step FLOPs", per_cut(plan, "step")),
         ("memory", "activation memory", per_cut(plan, "saved_activation_bytes")),
     )
     known = [(name, label, values) for name, label, values in curves if values is not None]

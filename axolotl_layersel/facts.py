@@ -22,8 +22,8 @@ SALF = (
     "Language Models. Findings of ACL 2025. arXiv:2406.11753"
 )
 COSTS = {  # what a prediction holds -> what people call it
-    "step": "step",
-    "backward": "backward",
+    "step": "FLOPs of a step",
+    "backward": "FLOPs of its backward pass",
     "saved_activation_bytes": "activation memory",
     "trainable_parameters": "trainable parameters",
     "optimizer_bytes": "optimizer state",
@@ -35,9 +35,9 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
-def number(values: Mapping[str, Any] | None, name: str) -> float | None:
-    """The finite number of that name, or None where there is none."""
-    value = (values or {}).get(name)
+def number(values: Any, name: str) -> float | None:
+    """The finite number of that name in a mapping, or None where there is none."""
+    value = values.get(name) if isinstance(values, Mapping) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
@@ -51,6 +51,12 @@ def per_cut(plan: Plan, name: str) -> list[float] | None:
         return None
     numbers = [number({"": value}, "") for value in values]
     return [n for n in numbers if n is not None] if None not in numbers else None
+
+
+def every_layer(plan: Plan, name: str) -> float | None:
+    """The amount of a cost (bytes, a number of parameters) when every layer is trained, or None."""
+    amount, ratio = number((plan.prediction or {}).get("absolute"), name), number(plan.prediction, name)
+    return amount / ratio if amount is not None and ratio else None
 
 
 def shares(counts: Mapping[Any, float] | None) -> dict[int, float]:

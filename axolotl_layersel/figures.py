@@ -121,7 +121,7 @@ def _head(plan: Plan, *, wide: bool) -> list[tuple[str, float, float, str, str]]
     step = number(plan.prediction, "step")
     known = (
         f"{plan.retention[k]:.2f} of the improvement" if plan.retention else "",
-        f"{step:.2f} of the cost of a step" if step is not None else "",
+        f"{step:.2f} of the FLOPs of a step" if step is not None else "",
     )
     predicted = ", at ".join(part for part in known if part)
     if predicted:
@@ -232,7 +232,7 @@ def _trade(axes: Axes, plan: Plan) -> None:
     _ground(axes, plan, first=-0.6, cut=k, last=plan.num_layers - 0.4)
     curves = (
         (plan.retention, "improvement", TRAINED, "-"),
-        (per_cut(plan, "step"), "step cost", STEP, (0, (4, 1.5))),
+        (per_cut(plan, "step"), "step FLOPs", STEP, (0, (4, 1.5))),
         (per_cut(plan, "saved_activation_bytes"), "activation memory", MEMORY, (0, (1, 1))),
     )
     for values, label, colour, dashes in curves:

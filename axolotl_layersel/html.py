@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
@@ -20,10 +21,12 @@ from axolotl_layersel.charts import bar, charts, strip
 from axolotl_layersel.facts import (
     SALF,
     dataset_name,
+    every_layer,
     layer_range,
     mode_name,
     model_name,
     notes,
+    number,
     per_cut,
     printable,
     recipe,
@@ -32,11 +35,13 @@ from axolotl_layersel.facts import (
 from axolotl_layersel.figures import draw
 from axolotl_layersel.plan import Plan, write_text
 
+BYTES = (1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+SCALES = {"saved_activation_bytes": BYTES, "trainable_parameters": (1000, ("", "K", "M", "B"))}  # base, units
 REPORT_FILE = "report.html"
 CURVES = {  # name in the plan -> (colour class, label)
     "retention": ("kept", "improvement kept"),
-    "step": ("step", "time of a step"),
-    "backward": ("step", "backward pass"),
+    "step": ("step", "FLOPs of a step"),
+    "backward": ("step", "FLOPs of backward"),
     "saved_activation_bytes": ("memory", "activation memory"),
     "trainable_parameters": ("rest", "trainable parameters"),
 }
@@ -79,9 +84,9 @@ def render(plan: Plan, *, config_text: str | None = None) -> str:
         _explorer(plan),
         f'<h2>Why this cut</h2><p>{escape(_sentence(lines["cut"]))}</p><div class="figures">{drawn}</div>',
         _table(plan),
-        f"<h2>Train the same layers again</h2><p>This cut alone, without scoring:</p>"
+        f"<h2>Train the same layers again</h2><p>These lines in a config give this cut without scoring:</p>"
         f"<pre>plugins:\n  - layersel\n{escape(recipe(plan))}</pre>",
-        f'<h2>Config of this run</h2><pre tabindex="0">{escape(config_text)}</pre>' if config_text else "",
+        f'<p>The config of this run:</p><pre tabindex="0">{escape(config_text)}</pre>' if config_text else "",
         _origin(plan),
         f"<footer><p>The deviation follows {escape(SALF)}. Predicted retention, gain and costs are this tool's own.</p>"
         "</footer>",
@@ -126,9 +131,25 @@ def _curves(plan: Plan) -> dict[str, list[float]]:
     return {name: values for name, values in known.items() if values is not None}
 
 
+def _amount(plan: Plan, name: str, ratio: float) -> str:
+    """A ratio as an amount, such as 1.25 GiB or 4.19 M, or nothing; `page.js` writes the same."""
+    whole = every_layer(plan, name) if name in SCALES else None
+    if whole is None:
+        return ""
+    base, units = SCALES[name]
+    amount = whole * ratio
+    power = max(0, min(len(units) - 1, math.floor(math.log(amount, base) + 1e-9))) if amount > 0 else 0
+    return f"{amount / base**power:.2f} {units[power]}".strip()
+
+
 def _data(plan: Plan) -> dict[str, Any]:
     """What the script needs."""
-    curves = {name: {"label": CURVES[name][1], "values": values} for name, values in _curves(plan).items()}
+    curves: dict[str, dict[str, Any]] = {
+        name: {"label": CURVES[name][1], "values": values} for name, values in _curves(plan).items()
+    }
+    for name in curves.keys() & SCALES.keys():
+        base, units = SCALES[name]
+        curves[name] |= {"whole": every_layer(plan, name), "base": base, "units": units}
     return {"layers": plan.num_layers, "first": plan.first_trainable, "curves": curves}
 
 
@@ -142,7 +163,8 @@ def _explorer(plan: Plan) -> str:
     curves = _curves(plan)
     tiles = "".join(
         f'<li class="tile" data-curve="{name}"><small>{CURVES[name][1]}</small><b>{values[k]:.2f}</b>'
-        f"{bar(values[k], of=1.0, name=CURVES[name][0])}</li>"
+        f"{bar(values[k], of=1.0, name=CURVES[name][0])}"
+        f'<small class="amount">{_amount(plan, name, values[k])}</small></li>'
         for name, values in curves.items()
     )
     told = ", ".join(f"{CURVES[name][1]} {values[k]:.2f}" for name, values in curves.items())
@@ -166,9 +188,17 @@ def _basis(plan: Plan) -> str:
     prediction = plan.prediction or {}
     checkpointing = prediction.get("gradient_checkpointing")
     mode = "" if checkpointing is None else f" {'with' if checkpointing else 'without'} gradient checkpointing"
+    if not _curves(plan):
+        return "No cost is known for this plan."
+    told = [f"Predicted ratios to training every layer, {mode_name(plan)}{mode}."]
+    rows, positions = (number(prediction.get("absolute"), name) for name in ("rows", "positions"))
+    if rows and positions:
+        told.append(f"Amounts are for a micro batch of {rows:.0f} x {positions:.0f} tokens.")
+    floor = number(prediction, "floor")
+    if floor is not None:
+        told.append(f"No cut brings a step below {floor:.2f} of the FLOPs.")
     why = prediction.get("why")
-    known = f"Predicted ratios to training every layer, {mode_name(plan)}{mode}."
-    return (known if _curves(plan) else "No cost is known for this plan.") + (f" {printable(why)}" if why else "")
+    return " ".join([*told, printable(why)] if why else told)
 
 
 def _table(plan: Plan) -> str:

@@ -3,11 +3,19 @@
 const plan = JSON.parse(document.getElementById("plan").textContent);
 const slider = document.getElementById("first");
 const reset = document.getElementById("reset");
-const ratio = (value) => value.toFixed(2);
+const ratio = (value) => (value % 0.5 === 0.125 ? value - 1e-9 : value).toFixed(2); // ties to even, as in the log
 
 function layers(first) {
   const last = plan.layers - 1;
   return first === last ? `layer ${last}` : `layers ${first} to ${last}`;
+}
+
+function amount(curve, value) {
+  if (!curve.whole) return "";
+  const whole = curve.whole * value;
+  const most = curve.units.length - 1;
+  const power = whole > 0 ? Math.max(0, Math.min(most, Math.floor(Math.log(whole) / Math.log(curve.base) + 1e-9))) : 0;
+  return `${ratio(whole / curve.base ** power)} ${curve.units[power]}`.trim();
 }
 
 function show(first) {
@@ -16,6 +24,7 @@ function show(first) {
     const curve = plan.curves[tile.dataset.curve];
     tile.querySelector("b").textContent = ratio(curve.values[first]);
     tile.querySelector("rect").setAttribute("width", Math.min(100, 100 * Math.max(0, curve.values[first])));
+    tile.querySelector(".amount").textContent = amount(curve, curve.values[first]);
     told.push(`${curve.label} ${ratio(curve.values[first])}`);
   }
   const trained = `${layers(first)} trained (${plan.layers - first} of ${plan.layers})`;

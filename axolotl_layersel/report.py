@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 
 from rich import box
@@ -24,10 +25,11 @@ from rich.table import Table
 from rich.text import Text
 
 from axolotl_layersel.facts import SALF, dataset_name, mode_name, model_name, notes, recipe, summary
-from axolotl_layersel.plan import Plan
+from axolotl_layersel.plan import Plan, write_text
 
 LOG = logging.getLogger("axolotl.integrations.layersel")
 
+CARD_BEGIN, CARD_END = "<!-- layersel -->", "<!-- /layersel -->"
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -198,6 +200,20 @@ class Progress:
 
     def _rate(self) -> float:
         return self._done[1] / max(self.clock() - self._started, 1e-9)
+
+
+def add_to_model_card(path: Path, plan: Plan) -> None:
+    """Put the section at the end of a model card, or in the place of an earlier one; no card, no change.
+
+    Raises:
+        OSError: the card cannot be read or written.
+    """
+    if not path.exists():
+        return
+    card = path.read_text(encoding="utf-8")
+    before, mark, rest = card.partition(CARD_BEGIN)
+    after = rest.partition(CARD_END)[2] if mark else ""
+    write_text(path, f"{before.rstrip()}\n\n{CARD_BEGIN}\n{model_card_section(plan)}{CARD_END}\n{after.lstrip()}")
 
 
 def model_card_section(plan: Plan) -> str:

@@ -64,7 +64,6 @@ class PlanTracker(TrainerCallback):  # type: ignore[misc]  # transformers is Any
         """Reporting callbacks are the trainer's first, so their runs are open by now."""
         if not state.is_world_process_zero:
             return
-        _send(self.trainer, _main_values(self.plan), everything=values(self.plan))
         for callback in _reporting(self.trainer):
             if isinstance(callback, TensorBoardCallback):
                 _tensorboard(callback, self.plan, self.folder)
@@ -74,6 +73,7 @@ class PlanTracker(TrainerCallback):  # type: ignore[misc]  # transformers is Any
                 _wandb(self.plan, self.folder)
             elif isinstance(callback, TrackioCallback):
                 _trackio(self.plan, self.folder)
+        _send(self.trainer, _main_values(self.plan), everything=values(self.plan))
 
 
 def _reporting(trainer: Trainer) -> list[TrainerCallback]:
@@ -165,7 +165,7 @@ def _wandb(plan: Plan, folder: Path) -> None:
     import wandb
 
     run = wandb.run
-    assert run is not None  # its callback has logged already
+    assert run is not None  # its callback has opened it
     run.config.update({"layersel": _parameters(plan)}, allow_val_change=True)  # type: ignore[no-untyped-call]
     run.summary.update(values(plan))
     if (folder / FIGURE).exists():
@@ -173,7 +173,7 @@ def _wandb(plan: Plan, folder: Path) -> None:
 
 
 def _trackio(plan: Plan, folder: Path) -> None:
-    """Options and curves in the config, the figure."""
+    """Options and curves in the config, which trackio stores with the first log, and the figure."""
     import trackio
 
     trackio.config.update({"layersel": _parameters(plan)}, allow_val_change=True)

@@ -55,6 +55,13 @@ def prediction(*, num_layers: int, first_trainable: int) -> dict[str, Any]:
         **{name: curve[first_trainable] for name, curve in curves.items()},
         "optimizer_bytes": left[first_trainable],
         "head_share": 0.1,
+        "floor": 0.46,
+        "absolute": {
+            "rows": 2,
+            "positions": 2048,
+            "saved_activation_bytes": 1.5e9 * curves["saved_activation_bytes"][first_trainable],
+            "trainable_parameters": 4_884_480 * left[first_trainable],
+        },
         "gradient_checkpointing": True,
         "per_cut": curves,
         "why": None,
