@@ -58,6 +58,8 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 10.3,
     "savefig.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "axolotl-layersel",  # else the names of clip paths are random
 }
 
 
@@ -73,7 +75,6 @@ def draw(plan: Plan, folder: Path) -> list[Path]:
     panels = _panels(plan)
     if not panels:
         return []
-    import matplotlib
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -82,10 +83,7 @@ def draw(plan: Plan, folder: Path) -> list[Path]:
     rows, columns = (len(panels) + 1) // 2, min(len(panels), 2)
     height = HEAD + 3.1 * rows
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        matplotlib.rc_context({"svg.hashsalt": "axolotl-layersel", "svg.fonttype": "path"}),
-        matplotlib.style.context(["default", STYLE]),
-    ):
+    with matplotlib.style.context(["default", STYLE]):
         layout = ConstrainedLayoutEngine(rect=(0.005, 0.005, 0.99, 0.99 - HEAD / height), wspace=0.06, hspace=0.08)
         figure = Figure(figsize=(5.0 * columns, height), layout=layout)
         FigureCanvasAgg(figure)
