@@ -40,6 +40,7 @@ class Mode:
     adapter: str | None  # "lora", "qlora", or None for full fine-tuning
     rank: int = 0  # of the adapters
     target_modules: tuple[str, ...] | None = None  # ends of module names; None: all linear modules of decoder layers
+    target_parameters: tuple[str, ...] = ()  # ends of names of stacked expert tensors with an adapter
     dropout: float = 0.0  # of the adapters
     checkpointing: bool = False  # recompute layers in backward
     reentrant: bool = False  # the older kind of checkpointing
@@ -114,6 +115,7 @@ def probe_mode(stack: DecoderStack, *, mode: Mode, autocast: torch.dtype | None 
         stack,
         rank=mode.rank,
         target_modules=mode.target_modules,
+        target_parameters=mode.target_parameters,
         dropout=mode.dropout,
         train_head=mode.train_norm_and_head,
         autocast=autocast,
@@ -219,7 +221,7 @@ def _forward(layer: LayerProbe, shape: StepShape, *, trained: bool) -> float:
     chosen = layer.passes["trained" if trained else "passed"]
     flops = sum(attention_flops(attention, shape)[0] for attention in chosen.attention)
     for product in chosen.products:
-        flops += product_flops(product, shape) + (sum(_adapter_flops(product, shape)) if trained else 0.0)
+        flops += product_flops(product, shape) + (_adapter_flops(product, shape)[0] if trained else 0.0)
     return flops
 
 
@@ -230,18 +232,25 @@ def _backward(layer: LayerProbe, shape: StepShape, *, mode: Mode, case: Case) ->
     for product in chosen.products:
         weight_grad = trained and not mode.adapter
         flops += product_flops(product, shape) * (product.input_grad + weight_grad)
-        if trained:
-            down, up = _adapter_flops(product, shape)
-            flops += 2 * up + down * (1 + product.input_grad)
+        flops += _adapter_flops(product, shape)[1] if trained else 0.0
     if mode.checkpointing:
         flops += _forward(layer, shape, trained=trained)
         if (last := chosen.unrepeated) is not None and not mode.reentrant:
-            flops -= _adapter_flops(last, shape)[1] if trained and last.rank else product_flops(last, shape)
+            flops -= _rank_flops(last, shape)[1] if trained and last.rank else product_flops(last, shape)
     return flops
 
 
 def _adapter_flops(product: Product, shape: StepShape) -> tuple[float, float]:
-    """Forward FLOPs of an adapter: into its rank, and out of it."""
+    """(forward, backward) FLOPs of the adapter of a product, 0 without one."""
+    if product.stacked and product.rank:
+        multiplied = 2.0 * product.modules * product.rank * product.inputs * product.outputs
+        return multiplied, 2 * multiplied + product_flops(product, shape)
+    down, up = _rank_flops(product, shape)
+    return down + up, 2 * up + down * (1 + product.input_grad)
+
+
+def _rank_flops(product: Product, shape: StepShape) -> tuple[float, float]:
+    """FLOPs into the rank of an adapter, and out of it."""
     rows = 2.0 * product.rows * shape.batch * shape.positions * product.rank
     return rows * product.inputs, rows * product.outputs
 

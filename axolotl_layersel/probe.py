@@ -52,12 +52,13 @@ class Growth:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product of a layer: a linear module, a router, or the experts of one name together."""
+    """A matrix product of a layer: with a linear module, a router, or the experts of one name together."""
 
     name: str  # in the layer, "*" for the number of an expert
     inputs: int  # columns of the input
     outputs: int  # columns of the output
     modules: int  # 1, or how many experts
+    stacked: bool  # experts in one tensor; PEFT multiplies out their adapters and adds them to the weights
     rows: float  # rows that are multiplied for each position of the batch, over all modules (active experts only)
     rank: int  # of its adapter where the layer is trained, 0 without one
     input_grad: bool  # the backward pass computes the gradient of its input
@@ -71,7 +72,7 @@ class Attention:
     query_size: int  # of a head
     value_size: int  # of a head
     backward: bool  # the backward pass goes through it
-    recomputes: bool  # fused kernels compute the scores again in backward, eager attention keeps them
+    recomputes: bool  # the scores are computed again in backward, as nothing was kept that grows with their number
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def probe_stack(
     *,
     rank: int,
     target_modules: Collection[str] | None = None,
+    target_parameters: Collection[str] = (),
     dropout: float = 0.0,
     train_head: bool = False,
     autocast: torch.dtype | None = None,
@@ -136,15 +138,16 @@ def probe_stack(
         stack: of a model without adapters, on the device that it will be trained on.
         rank: of the adapters; 0 for full fine-tuning.
         target_modules: names, or ends of dotted names, of the modules with an adapter; None: every linear module.
+        target_parameters: the same for the stacked tensors of experts, which PEFT adapts as tensors.
         dropout: of the adapters.
         train_head: final norm and unembedding are trained too.
         autocast: the trainer's autocast dtype, None for full precision.
 
     Raises:
-        ValueError: the model carries adapters already, `target_modules` matches nothing, or a layer did not run.
+        ValueError: the model carries adapters already, the targets match nothing, or a layer did not run.
     """
     config = getattr(stack.backbone, "config", None)
-    matrices = with_adapters(stack, rank=rank, target_modules=target_modules)
+    matrices = with_adapters(stack, rank=rank, target_modules=target_modules, target_parameters=target_parameters)
     kinds = [_kind(stack, i, config, matrices[i]) for i in range(stack.num_layers)]
     chosen = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
     runs: dict[tuple[int, Case], list[_Run]] = {(i, case): [] for i in chosen.values() for case in CASES}
@@ -256,7 +259,7 @@ class _Run:
         """Run; with `full` all parameters of a trained layer are trained, otherwise adapters."""
         trained = self.case != "passed"
         state = self.state.detach().requires_grad_(self.case != "first")
-        pairs = {i: _adapter(m, state.device) for i, m in enumerate(self.matrices) if m.rank and trained}
+        pairs = {i: _adapter(m, state.device) for i, m in enumerate(self.matrices) if m.linear and m.rank and trained}
         ours = [*self.layer.parameters(), *self.layer.buffers(), *(t for pair in pairs.values() for t in pair)]
         given = [t for t in pytree.tree_leaves((self.call.args, self.call.kwargs)) if isinstance(t, Tensor)]
         self.saved = _Saved(ours=ours, shared=[t for t in given if t is not self.state])
@@ -268,11 +271,18 @@ class _Run:
                 handles.append(matrix.module.register_forward_hook(self._watch(i), with_kwargs=True))
             call = (self.call.args, self.call.kwargs)
             args, kwargs = pytree.tree_map(lambda item: state if item is self.state else item, call)
-            with _in_training(self.layer, trained=full and trained), self.saved.hooks():
+            stacked = [m.stacked for m in self.matrices if m.stacked is not None and (full or m.rank)]
+            learnt = [*self.layer.parameters()] if full else stacked
+            with _in_training(self.layer, learnt if trained else []), self.saved.hooks():
                 self.layer(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def kept_bytes(self) -> float:
+        """Kept for backward, with the sums of weights and adapters that PEFT makes of stacked tensors."""
+        stacked = [m.stacked for m in self.matrices if m.stacked is not None and m.rank and self.case != "passed"]
+        return float(sum(self.saved.bytes.values()) + sum(tensor.nbytes for tensor in stacked))
 
     def _watch(self, index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
@@ -300,26 +310,27 @@ def _adapt(down: nn.Parameter, up: nn.Parameter, *, dropout: float) -> Callable[
 
 
 @contextmanager
-def _in_training(layer: nn.Module, *, trained: bool) -> Iterator[None]:
+def _in_training(module: nn.Module, learnt: Iterable[Tensor]) -> Iterator[None]:
     """With gradients and dropout, without checkpointing; afterwards as found."""
-    modes = [(module, module.training) for module in layer.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
-    checkpointed = [m for m in layer.modules() if vars(m).get("gradient_checkpointing")]
+    modes = [(part, part.training) for part in module.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    checkpointed = [part for part in module.modules() if vars(part).get("gradient_checkpointing")]
     try:
-        layer.train()
-        for parameter, _ in flags:
-            parameter.requires_grad_(trained and parameter.is_floating_point())
-        for module in checkpointed:
-            vars(module)["gradient_checkpointing"] = False
+        module.train()
+        module.requires_grad_(False)
+        for parameter in learnt:
+            parameter.requires_grad_(parameter.is_floating_point())
+        for part in checkpointed:
+            vars(part)["gradient_checkpointing"] = False
         with torch.enable_grad():
             yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
-        for module in checkpointed:
-            vars(module)["gradient_checkpointing"] = True
+        for part, mode in modes:
+            part.training = mode
+        for part in checkpointed:
+            vars(part)["gradient_checkpointing"] = True
 
 
 def _layer_pass(runs: Sequence[_Run], unit: int, config: Any) -> LayerPass:
@@ -336,21 +347,28 @@ def _layer_pass(runs: Sequence[_Run], unit: int, config: Any) -> LayerPass:
         rows = sum(longest.rows[i] for i in members) or 1.0
         if isinstance(one.module, _ConvNd):  # channels come before positions
             rows = 1.0
-        elif one.experts > 1 and rows == 1.0:  # otherwise the rows were repeated for the experts before
+        elif one.stacked is not None and rows == 1.0:  # otherwise they were repeated for the experts before
             rows = experts
         known = [grad for i in members if (grad := longest.input_grad[i]) is not None]
-        grad = any(known) if known else longest.case != "first"
-        product = Product(name, inputs, outputs, len(members) * one.experts, rows, one.rank, grad)
+        product = Product(
+            name=name,
+            inputs=inputs,
+            outputs=outputs,
+            modules=len(members) * one.experts,
+            stacked=one.stacked is not None,
+            rows=rows,
+            rank=one.rank,
+            input_grad=any(known) if known else longest.case != "first",
+        )
         products.append(product)
-        if longest.order[-1] in members and longest.kept_by_last == longest.saved.tensors:
+        if one.linear and longest.order[-1] in members and longest.kept_by_last == longest.saved.tensors:
             unrepeated = product
-    attention = tuple(_attention(longest, config))
-    return LayerPass(
-        tuple(products), attention, _fit([sum(run.saved.bytes.values()) for run in runs], unit), unrepeated
-    )
+    saved = _fit([run.kept_bytes() for run in runs], unit)
+    attention = tuple(_attention(longest, config, recomputes=saved.per_pair == 0))
+    return LayerPass(products=tuple(products), attention=attention, saved=saved, unrepeated=unrepeated)
 
 
-def _attention(run: _Run, config: Any) -> Iterator[Attention]:
+def _attention(run: _Run, config: Any, *, recomputes: bool) -> Iterator[Attention]:
     """Softmax attentions are the modules that say whether they are causal, as fused kernels want to know."""
     found: list[str] = []
     for name, module in run.layer.named_modules():
@@ -365,7 +383,7 @@ def _attention(run: _Run, config: Any) -> Iterator[Attention]:
             query_size=getattr(module, "qk_head_dim", None) or size,
             value_size=getattr(module, "v_head_dim", None) or size,
             backward=bool(run.input_grad[inside[-1]]) if inside else run.case != "first",
-            recomputes=getattr(config, "_attn_implementation", None) != "eager",
+            recomputes=recomputes,
         )
 
 
@@ -374,8 +392,8 @@ def _head_bytes(stack: DecoderStack, config: Any, state: Tensor, *, train_head: 
     saved = _Saved(ours=[p for part in (stack.final_norm, stack.head) for p in part.parameters()])
     cap = getattr(config, "final_logit_softcapping", None)
     with (
-        _in_training(stack.final_norm, trained=train_head),
-        _in_training(stack.head, trained=train_head),
+        _in_training(stack.final_norm, stack.final_norm.parameters() if train_head else ()),
+        _in_training(stack.head, stack.head.parameters() if train_head else ()),
         saved.hooks(),
     ):
         logits_NV = stack.head(stack.final_norm(state.detach().requires_grad_(True)))[0].float()
