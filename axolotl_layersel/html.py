@@ -132,14 +132,14 @@ def _curves(plan: Plan) -> dict[str, list[float]]:
 
 
 def _amount(plan: Plan, name: str, ratio: float) -> str:
-    """A ratio as an amount, such as 1.25 GiB or 4.19 M, or nothing; `page.js` writes the same."""
+    """A ratio as an amount, such as 1.2 GiB or 4.1 M, or nothing; `page.js` writes the same."""
     whole = every_layer(plan, name) if name in SCALES else None
     if whole is None:
         return ""
     base, units = SCALES[name]
     amount = whole * ratio
     power = max(0, min(len(units) - 1, math.floor(math.log(amount, base) + 1e-9))) if amount > 0 else 0
-    return f"{amount / base**power:.2f} {units[power]}".strip()
+    return f"{amount / base**power:.1f} {units[power]}".strip()
 
 
 def _data(plan: Plan) -> dict[str, Any]:

@@ -15,7 +15,7 @@ function amount(curve, value) {
   const whole = curve.whole * value;
   const most = curve.units.length - 1;
   const power = whole > 0 ? Math.max(0, Math.min(most, Math.floor(Math.log(whole) / Math.log(curve.base) + 1e-9))) : 0;
-  return `${ratio(whole / curve.base ** power)} ${curve.units[power]}`.trim();
+  return `${(whole / curve.base ** power).toFixed(1)} ${curve.units[power]}`.trim();
 }
 
 function show(first) {

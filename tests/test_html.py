@@ -303,8 +303,8 @@ def test_the_slider_by_keyboard(browser: Browser) -> None:
     browser.open(render(plan))
     assert browser.run("document.getElementById('reset').disabled")
     assert shown() == 6
-    assert browser.text('.tile[data-curve="trainable_parameters"] .amount') == "3.91 M"
-    assert browser.text('.tile[data-curve="saved_activation_bytes"] .amount') == "1.14 GiB"
+    assert browser.text('.tile[data-curve="trainable_parameters"] .amount') == "3.9 M"
+    assert browser.text('.tile[data-curve="saved_activation_bytes"] .amount') == "1.1 GiB"
     browser.press("tab")
     assert browser.run("document.activeElement.id") == "first"
     assert browser.run("document.activeElement.labels[0].textContent") == "First trainable layer: 6"
