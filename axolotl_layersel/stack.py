@@ -208,7 +208,7 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> 
         mismatch.append(f"its layers ran in the order {ran}")
     if "normed" not in whole:
         mismatch.append(f"{stack.final_norm_name} did not run")
-    elif not torch.allclose(whole["state"].float(), seen["state"].float(), rtol=1e-3, atol=1e-3):
+    elif not torch.allclose(whole["state"].float(), seen["state"].float(), rtol=1e-3, atol=1e-3, equal_nan=True):
         mismatch.append(f"{stack.backbone_name or 'the backbone'} alone computes other states than the whole model")
     if mismatch:
         raise StackError(f"{type(model).__name__}: {mismatch[0]}; found were {_describe(stack)}")
@@ -223,7 +223,7 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> 
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.shape == other.shape and torch.equal(one, other))
+    return one is other or (one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
 
 
 def _describe(stack: DecoderStack) -> str:

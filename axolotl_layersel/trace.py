@@ -36,6 +36,11 @@ def left_as_found(model: nn.Module, *, autocast: torch.dtype | None = None) -> I
     try:
         with torch.random.fork_rng(), torch.no_grad(), precision:
             model.eval()
+            for module in model.modules():
+                # On a CPU, bitsandbytes repacks 4-bit weights in place, and not without loss, in the first forward
+                # pass in eval mode. Quantised linear modules compute the same in both modes.
+                if hasattr(getattr(module, "weight", None), "quant_state"):
+                    module.training = True
             yield
     finally:
         random.setstate(python_state)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Read when axolotl and transformers are imported: no telemetry, no network.
+for _name in ("AXOLOTL_DO_NOT_TRACK", "DO_NOT_TRACK", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+UNINTERRUPTED = {"layersel": {"num_samples": 13}, "max_steps": 8, "save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +22,13 @@ def run_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     folder = tmp_path_factory.mktemp("run_inputs")
     return {"model": make_model(folder / "model"), "data": make_dataset(folder)}
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, run_inputs: dict[str, Path]) -> Path:
+    """The output folder of a run that nothing disturbed: 13 calibration rows, eight steps, a checkpoint every two."""
+    from axolotl_runs import train, write_config
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(write_config(folder, **run_inputs, **UNINTERRUPTED)).check()
+    return folder / "out"
