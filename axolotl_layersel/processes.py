@@ -98,7 +98,8 @@ def join_processes(*, cpu: bool) -> Processes:
     state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
     if state.num_processes != started:
         raise RuntimeError(
-            f"the launcher started {started} processes, but this one knows of {state.num_processes}, so each would "
-            "choose and train on its own; on the CPU, set ACCELERATE_USE_CPU=true before the launch"
+            f"WORLD_SIZE is {started}, but accelerate has joined {state.num_processes} of them, so each process would "
+            "choose and train on its own: start them with `accelerate launch` or `torchrun`, which also set "
+            "LOCAL_RANK, or unset WORLD_SIZE"
         )
     return Processes(rank=state.process_index, world_size=state.num_processes)

@@ -6,6 +6,7 @@ it imports, so a test asks one run many questions.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -206,11 +207,17 @@ def environment(**changes: str) -> dict[str, str]:
 def train_command(config: Path, *args: str, launcher: Launcher = "accelerate", processes: int = 1) -> list[str]:
     """The command line of a training run."""
     module = ["axolotl.cli.train", str(config), *args]
-    if launcher == "torchrun" or processes > 1:
-        rendezvous = [f"--nproc-per-node={processes}", f"--master-port={free_port()}"]
-        return [str(BIN / "torchrun"), *rendezvous, "-m", *module]
+    # `--cpu --num_processes 2` starts one process, unless it is given hosts for mpirun; `--multi_gpu` needs no GPU.
+    several = ["--multi_gpu", f"--num_processes={processes}", f"--main_process_port={free_port()}"]
     return {
-        "accelerate": [str(BIN / "accelerate"), "launch", "--cpu", "-m", *module],
+        "accelerate": [str(BIN / "accelerate"), "launch", *(several if processes > 1 else ["--cpu"]), "-m", *module],
+        "torchrun": [
+            str(BIN / "torchrun"),
+            f"--nproc-per-node={processes}",
+            f"--master-port={free_port()}",
+            "-m",
+            *module,
+        ],
         "python": [sys.executable, "-m", *module],
         "axolotl": [str(BIN / "axolotl"), "train", str(config), "--launcher", "accelerate", *args, "--", "--cpu"],
     }[launcher]
@@ -261,10 +268,8 @@ class Running:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to every process of the run."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def finish(self, *, timeout: float = 180) -> Finished:
         """Wait for the end.
@@ -294,6 +299,7 @@ def train(
 ) -> Finished:
     """Train to the end, or to the error."""
     command = train_command(config, *args, launcher=launcher, processes=processes)
+    env = {**(several_environment() if processes > 1 else {}), **(env or {})}
     return start(command, config.parent / f"{config.stem}.log", env=env, cwd=cwd).finish(timeout=timeout)
 
 
@@ -301,6 +307,16 @@ def axolotl(*args: str, log: Path, timeout: float = 180, env: Mapping[str, str] 
     """`python -m axolotl.cli.<args>`, for the other commands: `axolotl("preprocess", "config.yml", log=...)`."""
     command = [sys.executable, "-m", f"axolotl.cli.{args[0]}", *args[1:]]
     return start(command, log, env=env).finish(timeout=timeout)
+
+
+def on_several(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides for `write_config` that let several processes train on the CPU; see `cpu_processes.py`."""
+    return {**config, "plugins": ["cpu_processes.CpuProcesses", *config.get("plugins", ["layersel"])]}
+
+
+def several_environment() -> dict[str, str]:
+    """What several processes on the CPU need to be told."""
+    return {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parent)}
 
 
 def free_port() -> int:

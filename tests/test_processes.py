@@ -1,0 +1,97 @@
+"""Several real processes, joined by gloo: one plan, and one error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import PartialState
+from axolotl_runs import BIN, free_port, make_model, on_several, plan_of, start, train, write_config
+
+from axolotl_layersel.processes import Processes, join_processes
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def three_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of three processes saw, by rank."""
+    out = tmp_path_factory.mktemp("three_processes")
+    torchrun = [str(BIN / "torchrun"), "--nproc-per-node=3", f"--master-port={free_port()}"]
+    start([*torchrun, str(HERE / "processes_script.py"), str(out)], out / "log").finish(timeout=120).check()
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(3)]
+
+
+def test_every_process_knows_its_place(three_processes: list[dict[str, Any]]) -> None:
+    assert [(seen["rank"], seen["world_size"]) for seen in three_processes] == [(0, 3), (1, 3), (2, 3)]
+    assert {seen["main_only"] for seen in three_processes} == {"decided by 0"}
+
+
+@pytest.mark.parametrize("case", ["fail_before", "fail_inside"])
+def test_all_stop_with_the_error_of_the_one_that_failed(three_processes: list[dict[str, Any]], case: str) -> None:
+    told = "PeerError: rank 1 failed: ValueError: row 7 is not a row"
+    assert [seen[case]["error"] for seen in three_processes] == [told, "ValueError: row 7 is not a row", told]
+    assert max(seen[case]["seconds"] for seen in three_processes) < 10
+
+
+def test_all_stop_when_the_deciding_process_fails(three_processes: list[dict[str, Any]]) -> None:
+    told = "PeerError: rank 0 failed: ValueError: row 7 is not a row"
+    assert [seen["fail_main"]["error"] for seen in three_processes] == ["ValueError: row 7 is not a row", told, told]
+
+
+def test_nobody_waits_when_all_fail_at_different_places(three_processes: list[dict[str, Any]]) -> None:
+    assert {seen["fail_all"]["error"] for seen in three_processes} == {"ValueError: row 7 is not a row"}
+
+
+@pytest.mark.parametrize("rows", [7, 2])
+def test_shares_of_any_size_give_the_one_process_scores(three_processes: list[dict[str, Any]], rows: int) -> None:
+    """Seven rows are 3, 2 and 2; of two rows the last process gets none."""
+    alone = three_processes[0][f"alone_{rows}"]
+    for seen in three_processes:
+        shared = seen[f"rows_{rows}"]
+        assert shared["cut"] == alone["cut"]
+        assert shared["tokens"] == alone["tokens"]
+        assert shared["deviation"] == pytest.approx(alone["deviation"], abs=1e-6)
+        assert shared == three_processes[0][f"rows_{rows}"]  # to the last bit, on every process
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    processes = join_processes(cpu=True)
+    assert processes == Processes(rank=0, world_size=1)
+    with pytest.raises(ValueError, match="as it is"), processes.stopping_together():
+        processes.together(lambda: (_ for _ in ()).throw(ValueError("as it is")))
+
+
+def test_processes_that_accelerate_has_not_joined_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler's WORLD_SIZE without a launcher: each process would choose layers of its own."""
+    PartialState()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE is 2, but accelerate has joined 1 of them"):
+        join_processes(cpu=True)
+
+
+def test_axolotl_trains_on_two_processes_with_the_plan_of_one(
+    tmp_path: Path, run_inputs: dict[str, Path], uninterrupted: Path
+) -> None:
+    """13 rows: seven for one process, six for the other."""
+    options = on_several({"layersel": {"num_samples": 13}, "max_steps": 2})
+    run = train(write_config(tmp_path, **run_inputs, **options), processes=2).check()
+    plan, alone = plan_of(tmp_path / "out"), plan_of(uninterrupted)
+    assert plan["trainable_layers"] == alone["trainable_layers"]
+    assert plan["deviation"]["mean"] == pytest.approx(alone["deviation"]["mean"], abs=1e-6)
+    assert plan["gain"] == pytest.approx(alone["gain"], abs=1e-6)
+    assert plan["stability"] == alone["stability"]
+    assert plan["sample"] == {**alone["sample"], "loss": plan["sample"]["loss"]}
+    assert run.log.count("proved in the first step") == 2  # on both
+    assert len(run.losses) == 2  # logged by one
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_axolotl_trains_on_three_processes_where_one_has_no_rows(tmp_path: Path, run_inputs: dict[str, Path]) -> None:
+    options = on_several({"layersel": {"num_samples": 2}, "max_steps": 2})
+    run = train(write_config(tmp_path, **run_inputs, **options), launcher="torchrun", processes=3).check()
+    assert plan_of(tmp_path / "out")["sample"]["rows"] == 2
+    assert run.log.count("proved in the first step") == 3
