@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from axolotl.loaders.adapter import _build_peft_lora_config, _patch_peft_param_wrapper_dropout
 from axolotl.utils.logging import get_logger
 from torch import nn
 
-from axolotl_layersel import __version__, targets
+from axolotl_layersel import __version__, adapters, targets
 from axolotl_layersel.args import LayerSelOptions
 from axolotl_layersel.calibration import Sample, draw_rows
 from axolotl_layersel.claim import check_writable, claim_folder
@@ -199,27 +200,38 @@ def _describe(sample: Sample, cfg: Any, tokens: int, loss: float) -> dict[str, A
 
 
 def config_updates(cfg: Any, model: nn.Module, plan: Plan) -> dict[str, Any]:
-    """The config keys that make axolotl train exactly the plan's layers, in this run's mode."""
+    """The config keys that make axolotl train exactly the plan's layers, in this run's mode.
+
+    Raises:
+        ValueError: the user's targets lie outside of the plan's layers, or axolotl cannot freeze this model.
+    """
     stack = find_stack(model)
     k = plan.first_trainable
+    scalar = next((name for name, p in model.named_parameters() if p.dim() == 0), None)
+    if scalar and (not cfg.adapter or cfg.lora_model_dir):
+        raise ValueError(
+            f"the parameter {scalar!r} is a single number, and axolotl's `unfrozen_parameters` fails on such a model: "
+            "train it with a new adapter (`adapter: lora`)"
+        )
     if not cfg.adapter:
         patterns = targets.full_patterns(stack, first_trainable=k, train_head=trains_head(cfg, stack))
         return {"unfrozen_parameters": patterns}
-    patterns = targets.adapter_patterns(
+    if cfg.lora_model_dir:
+        return {"unfrozen_parameters": adapters.continued_patterns(stack, first_trainable=k)}
+    listed = cfg.lora_target_modules
+    updates = adapters.adapter_updates(
+        model,
         stack,
         first_trainable=k,
-        target_modules=cfg.lora_target_modules,
-        modules_to_save=cfg.lora_modules_to_save or (),
+        stock=_build_peft_lora_config(model, cfg),
+        named=listed if isinstance(listed, list) else [],
+        target_linear=bool(cfg.lora_target_linear),
     )
-    if cfg.lora_model_dir:
-        return {"unfrozen_parameters": patterns}
-    outside = sum(
-        isinstance(module, nn.ModuleList) and not name.startswith(stack.layers_name)
-        for name, module in model.named_modules()
-    )
-    names = [name for name, _ in model.named_modules()]
-    updates = targets.adapter_updates(cfg, stack, first_trainable=k, module_names=names, numbered=outside)
-    return {**updates, "unfrozen_parameters": patterns}
+    if cfg.lora_dropout and not cfg.lora_target_parameters and "lora_target_parameters" in updates:
+        _patch_peft_param_wrapper_dropout()  # as axolotl does where PEFT adds these parameters by itself
+    if scalar:  # adapters are trained and everything else is frozen without this key, too
+        del updates["unfrozen_parameters"]
+    return updates
 
 
 def complete(cfg: Any, model: nn.Module, plan: Plan, updates: Mapping[str, Any]) -> Plan:

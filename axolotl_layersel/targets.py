@@ -1,10 +1,7 @@
-"""What to write into an axolotl config so that exactly the chosen layers are trained, in each mode.
+"""Which parameters a plan trains, by name, and what says so in a config for full fine-tuning.
 
-- Full fine-tuning: `unfrozen_parameters`, patterns for the layers and, where that does not reach the embeddings, for
-  final norm and head.
-- LoRA and QLoRA: adapters exist only on the chosen layers (`peft_layers_to_transform`; a regex or full module paths
-  become the explicit list of modules; MoE parameters get layer-qualified names), and `unfrozen_parameters` names the
-  adapter parameters of those layers.
+Full fine-tuning: `unfrozen_parameters`, patterns for the layers and, where that does not reach the embeddings, for
+final norm and head. Adapters: `adapters.py`.
 
 axolotl's pattern dialect: `re.match`, every "." that no "+" follows is literal, and a name must not merely start like
 another layer's, hence `[.]` behind the number.
@@ -13,38 +10,24 @@ another layer's, hence `[.]` behind the number.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 from axolotl_layersel.stack import DecoderStack
+
+# In the names of what PEFT trains: adapters, and what the user adds, whole modules and single embedding rows.
+_TRAINED = ("lora_", ".modules_to_save.", ".trainable_tokens_delta.")
 
 
 def full_patterns(stack: DecoderStack, *, first_trainable: int, train_head: bool) -> list[str]:
     """`unfrozen_parameters` of full fine-tuning; matches layers k..L-1 and, with `train_head`, final norm and head."""
-    patterns = [f"^{stack.layers_name}.({_numbers(stack, first_trainable)})[.].+"]
+    patterns = [f"^{stack.layers_name}.({layer_numbers(stack, first_trainable)})[.].+"]
     if train_head:
-        patterns += [f"^{stack.final_norm_name}.+", f"^{stack.head_name}.+"]
+        patterns += [f"^{stack.final_norm_name}[.].+", f"^{stack.head_name}[.].+"]
     return patterns
 
 
-def adapter_patterns(
-    stack: DecoderStack, *, first_trainable: int, target_modules: Any = (), modules_to_save: Iterable[str] = ()
-) -> list[str]:
-    """`unfrozen_parameters` of a PEFT-wrapped model: adapter parameters of layers k..L-1, and what the user adds.
-
-    Args:
-        target_modules: the config's `lora_target_modules`; a head in that list keeps its adapter.
-        modules_to_save: the config's `lora_modules_to_save`, trained whole.
-    """
-    prefix = "^base_model.model."
-    patterns = [f"{prefix}{stack.layers_name}.({_numbers(stack, first_trainable)})[.].+lora_.+"]
-    if isinstance(target_modules, (list, tuple)) and stack.head_name.rpartition(".")[2] in target_modules:
-        patterns.append(f"{prefix}{stack.head_name}.lora_.+")
-    patterns += [f"{prefix}(.+[.])?{name}.modules_to_save.+" for name in modules_to_save]
-    return patterns
-
-
-def _numbers(stack: DecoderStack, first_trainable: int) -> str:
+def layer_numbers(stack: DecoderStack, first_trainable: int) -> str:
+    """`k|k+1|...|L-1`, for a pattern."""
     return "|".join(str(i) for i in range(first_trainable, stack.num_layers))
 
 
@@ -60,58 +43,6 @@ def resolve_train_head(option: str | bool, *, tied: bool) -> bool:
             "back-propagate through every layer: use `train_head: auto` or `false`"
         )
     return not tied if option == "auto" else bool(option)
-
-
-def adapter_updates(
-    cfg: Mapping[str, Any], stack: DecoderStack, *, first_trainable: int, module_names: Sequence[str], numbered: int
-) -> dict[str, Any]:
-    """Config keys that place adapters on layers k..L-1 only.
-
-    Args:
-        cfg: the run's config.
-        module_names: names of all modules of the base model.
-        numbered: how many lists of numbered modules lie outside of the decoder layers (vision towers); with any, PEFT
-            is told which list `layers_to_transform` counts.
-
-    Raises:
-        ValueError: `lora_target_modules` is a regex that matches nothing in layers k..L-1.
-    """
-    kept = range(first_trainable, stack.num_layers)
-    targets = cfg.get("lora_target_modules")
-    updates: dict[str, Any] = {}
-    if isinstance(targets, str) and targets != "all-linear" and not cfg.get("lora_target_linear"):
-        matched = [name for name in module_names if re.fullmatch(targets, name)]
-        updates["lora_target_modules"] = [name for name in matched if layer_of(name, stack) in (*kept, None)]
-        if not any(layer_of(name, stack) is not None for name in updates["lora_target_modules"]):
-            raise ValueError(
-                f"lora_target_modules {targets!r} matches {len(matched)} modules, none of them in the decoder layers "
-                f"{kept.start} to {kept.stop - 1} that are to be trained: check the pattern"
-            )
-    else:
-        if isinstance(targets, (list, tuple)):
-            inside = [t for t in targets if layer_of(str(t), stack) in (*kept, None)]
-            if len(inside) != len(targets):
-                updates["lora_target_modules"] = inside
-        updates["peft_layers_to_transform"] = list(kept)
-        if numbered:
-            updates["peft_layers_pattern"] = _layers_pattern(stack)
-    if parameters := cfg.get("lora_target_parameters"):
-        updates["lora_target_parameters"] = [
-            f"{stack.layers_name}.{i}.{_inside_layer(str(name), stack)}"
-            for name in ([parameters] if isinstance(parameters, str) else parameters)
-            for i in kept
-        ]
-    return updates
-
-
-def _layers_pattern(stack: DecoderStack) -> str:
-    """PEFT wants a "." before the pattern, so the first part of the name is left out."""
-    return stack.layers_name.partition(".")[2] or stack.layers_name
-
-
-def _inside_layer(name: str, stack: DecoderStack) -> str:
-    """`mlp.experts.gate_up_proj` from the same name with or without the layer before it."""
-    return re.sub(rf"^(.*[.])?{re.escape(stack.layers_name)}[.]\d+[.]", "", name)
 
 
 def layer_of(name: str, stack: DecoderStack) -> int | None:
@@ -137,7 +68,7 @@ def expected_trainable(
     for name in names:
         layer = layer_of(name, stack)
         if adapter:
-            chosen = ("lora_" in name and (layer is None or layer >= first_trainable)) or ".modules_to_save." in name
+            chosen = (layer is None or layer >= first_trainable) and any(part in name for part in _TRAINED)
         else:
             chosen = layer >= first_trainable if layer is not None else train_head and _in_read_out(name, stack)
         if chosen:
