@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -29,6 +29,7 @@ class Row:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    source: int = field(default=-1, compare=False)  # index of its record in the training set, to name it in errors
 
     @property
     def scored(self) -> int:
@@ -125,13 +126,13 @@ def draw_rows(dataset: Any, *, num_samples: int, max_tokens: int, seed: int, seq
 
 def _in_drawing_order(dataset: Any, *, seed: int, sequence_len: int) -> Iterator[Row]:
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-        order = np.random.default_rng(seed).permutation(len(dataset))
-        records: Iterator[Any] = (dataset[int(index)] for index in order)
+        order = np.random.default_rng(seed).permutation(len(dataset)).tolist()
+        records: Iterator[tuple[int, Any]] = ((index, dataset[index]) for index in order)
     else:
-        records = islice(iter(dataset), 100_000)  # a stream may have no end, and may be masked throughout
-    for record in records:
+        records = enumerate(islice(iter(dataset), 100_000))  # a stream may have no end, and may be masked throughout
+    for index, record in records:
         for row in _rows_of(record):
-            yield Row(row.input_ids[:sequence_len], row.labels[:sequence_len])
+            yield Row(row.input_ids[:sequence_len], row.labels[:sequence_len], source=index)
 
 
 def _rows_of(record: Mapping[str, Any]) -> Iterator[Row]:

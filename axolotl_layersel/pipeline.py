@@ -178,6 +178,7 @@ def measure(
     bases = semantic_bases(unembedding_weight(stack.head))
     norm = copy.deepcopy(stack.final_norm).float()  # read in float32 whatever the model's dtype
     pending = list(batches(rows, indices, batch_tokens=batch_tokens))
+    common = next(batches(rows, range(len(rows)), batch_tokens=batch_tokens))  # the same on every process
     parts = [RowStatistics.empty(stack.num_layers)]
     tokens = 0
     measured = None
@@ -187,15 +188,21 @@ def measure(
             on_device = batch.to(device)
             if measured is None:
                 prove_stack(model, stack, input_ids=on_device.input_ids[:1, :64])
-                measured = _deviation(deviation, stack, on_device, bases=bases, norm=norm)
+                measured = _deviation(deviation, stack, common.to(device), bases=bases, norm=norm)
             part = _measure_batch(stack, on_device, bases=bases, norm=norm, deviation=measured)
-        except torch.OutOfMemoryError:
-            if len(batch.rows) == 1:
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
                 raise
+            if len(batch.rows) == 1:
+                raise ScoringError(
+                    f"one row of {batch.input_ids.shape[1]} tokens alone is too much for the memory of {device} "
+                    f"({error}); lower sequence_len, or choose the layers by hand with `layersel: {{first_layer: ...}}`"
+                ) from error
             LOG.warning("out of memory with %d rows in a batch; scoring goes on with half of them", len(batch.rows))
-            pending = [*batch.halves(), *(half for b in pending for half in b.halves())]
+            pending = [half for b in (batch, *pending) for half in b.halves()]
+            common = common.halves()[0]
             continue
-        _check_finite(part, model)
+        _check_finite(part, model, rows)
         parts.append(part)
         tokens += int(batch.attention_mask.sum())
         progress(sum(len(p.rows_R) for p in parts), tokens)
@@ -259,7 +266,13 @@ def _deviation(name: str, stack: DecoderStack, batch: Batch, *, bases: SemanticB
     )
 
 
-def _check_finite(part: RowStatistics, model: nn.Module) -> None:
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; for the CPU and for cuBLAS, torch says so only in words."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
+def _check_finite(part: RowStatistics, model: nn.Module, rows: Sequence[Row]) -> None:
     finite_R = np.isfinite(part.deviation_RS).all(axis=1) & np.isfinite(part.miss_RL).all(axis=1)
     if finite_R.all():
         return
@@ -269,7 +282,5 @@ def _check_finite(part: RowStatistics, model: nn.Module) -> None:
         if broken
         else "all parameters are finite, so the forward pass overflows: try bf16 instead of fp16, or look at these rows"
     )
-    raise ScoringError(
-        f"rows {part.rows_R[~finite_R].tolist()} of the calibration sample give latent states that are not finite; "
-        f"{cause}"
-    )
+    named = ", ".join(f"{rows[i].source} ({i} of the calibration sample)" for i in part.rows_R[~finite_R].tolist())
+    raise ScoringError(f"training rows give latent states that are not finite: {named}; {cause}")
