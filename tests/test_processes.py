@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from accelerate import PartialState
-from axolotl_runs import BIN, free_port, make_model, on_several, plan_of, start, train, write_config
+from axolotl_runs import BIN, free_port, on_several, plan_of, start, train, write_config
 
 from axolotl_layersel.processes import Processes, join_processes
 
