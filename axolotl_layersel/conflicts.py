@@ -6,7 +6,9 @@ says what was got and what to change. A conflict stops the run; a note is logged
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 PLUGIN_NAMES = ("layersel", "axolotl_layersel.LayerSelPlugin", "axolotl_layersel.plugin.LayerSelPlugin")
@@ -81,7 +83,12 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
     if cfg.get("skip_prepare_dataset") and not cut_is_given(cfg):
         yield f"`skip_prepare_dataset` leaves rows without tokens, so they cannot be scored: remove it, or {_GIVE_CUT}."
     if (reason := sharded(cfg)) and not cut_is_given(cfg):
-        yield f"{reason}, so no process can run the model to score it: {_GIVE_CUT} (score once on one process)."
+        yield (
+            f"{reason}, so no process can run the model to score it: score once on one process with `axolotl layersel "
+            f"score {cfg.get('axolotl_config_path') or 'CONFIG'}`, then train with `layersel: {{plan: "
+            f"{str(cfg.get('output_dir') or 'OUTPUT_DIR').rstrip('/')}/layersel/plan.json}}`; or give the cut with "
+            "`layersel: {first_layer: ...}`."
+        )
 
 
 _RL_WITH_CUT = ("dpo", "ipo", "orpo", "simpo", "kto")
@@ -91,13 +98,23 @@ def sharded(cfg: Mapping[str, Any]) -> str | None:
     """Why the model of this config is not whole on a process when it is loaded, or None."""
     if cfg.get("fsdp") or cfg.get("fsdp_config"):
         return "FSDP shards the model"
-    if "zero3" in str(cfg.get("deepspeed") or "").lower():
+    if _zero_stage(cfg.get("deepspeed")) == 3:
         return "DeepSpeed ZeRO-3 partitions the model"
-    for key in ("tensor_parallel_size", "context_parallel_size"):
+    for key in ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size"):
         value = cfg.get(key)
         if isinstance(value, int) and value > 1:
             return f"`{key}: {value}` splits the model or its input"
     return None
+
+
+def _zero_stage(deepspeed: Any) -> int | None:
+    """The ZeRO stage of axolotl's `deepspeed:`, a mapping or the path of a JSON file."""
+    if isinstance(deepspeed, str) and Path(deepspeed).is_file():
+        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    if isinstance(deepspeed, Mapping):
+        stage = (deepspeed.get("zero_optimization") or {}).get("stage")
+        return stage if isinstance(stage, int) else None
+    return 3 if "zero3" in str(deepspeed).lower() else None
 
 
 def _notes(cfg: Mapping[str, Any]) -> Iterator[str]:
