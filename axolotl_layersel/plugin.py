@@ -5,6 +5,7 @@
     pre_lora_load        the model is whole and has no adapters yet: decide, write the plan, apply it
     post_model_load      adapters are in place: say what still reaches below the cut
     add_callbacks_post_trainer   hold the run to its plan (`callbacks.py`)
+    post_train           the model is saved: describe the choice in its model card
 
 Inference, merging, evaluation and preprocessing load models and datasets too, but never call `load_datasets` with
 `preprocess=False`: nothing happens there.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
@@ -25,6 +27,7 @@ from axolotl_layersel.claim import release_folders
 from axolotl_layersel.conflicts import cut_is_given, names_plugin
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.processes import Processes, join_processes
+from axolotl_layersel.report import add_to_model_card
 from axolotl_layersel.stack import find_stack
 from axolotl_layersel.timing import StepTimer
 from axolotl_layersel.tracking import tracker_callback
@@ -131,6 +134,12 @@ class LayerSelPlugin(BasePlugin):
             StepTimer(current.plan, trainer=trainer),
             tracker_callback(current.plan, settings.plan_path(cfg).parent, trainer=trainer),
         ]
+
+    def post_train(self, cfg: Any, model: nn.Module) -> None:
+        """Describe the choice in the model card; axolotl calls this before and after it writes the card."""
+        current = self._current(cfg)
+        if current is not None and current.plan is not None and current.processes.is_main:
+            add_to_model_card(Path(cfg.output_dir) / "README.md", current.plan)
 
     def post_train_unload(self, cfg: Any) -> None:
         """Forget the run, and let others train into its folder."""
