@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ def _rows_of(record: Mapping[str, Any]) -> Iterator[Row]:
     real = _as_list(record["attention_mask"]) if record.get("attention_mask") is not None else [1] * len(ids)
     positions = _as_list(record["position_ids"]) if record.get("position_ids") is not None else list(range(len(ids)))
     starts = [0, *(i for i in range(1, len(ids)) if positions[i] == 0), len(ids)]
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         keep = [i for i in range(start, end) if real[i]]
         yield Row(tuple(ids[i] for i in keep), tuple(labels[i] for i in keep))
 

@@ -8,11 +8,14 @@ axolotl's own loaders give the dataset and the model; nothing is loaded twice.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from axolotl.loaders import load_tokenizer
 from axolotl.loaders.adapter import _build_peft_lora_config, _patch_peft_param_wrapper_dropout
 from axolotl.utils.logging import get_logger
 from torch import nn
@@ -28,10 +31,10 @@ from axolotl_layersel.html import write_report
 from axolotl_layersel.pipeline import score_layers
 from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
 from axolotl_layersel.processes import Processes
-from axolotl_layersel.readiness import place, ready_to_run
+from axolotl_layersel.readiness import check_whole, place, ready_to_run
 from axolotl_layersel.recipe import RECIPE_FILE, recipe_text
 from axolotl_layersel.report import Progress, print_plan
-from axolotl_layersel.settings import autocast_of, options_of, plan_path, stops_backward, trains_head
+from axolotl_layersel.settings import autocast_of, options_of, plan_path, seed_of, stops_backward, trains_head
 from axolotl_layersel.stack import DecoderStack, find_stack
 from axolotl_layersel.trace import left_as_found
 
@@ -148,9 +151,10 @@ def _scored_plan(
         dataset,
         num_samples=options.num_samples,
         max_tokens=options.max_tokens,
-        seed=cfg.seed or 42,
+        seed=seed_of(cfg),
         sequence_len=cfg.sequence_len,
     )
+    check_whole(model)
     place(model)
     share = len(range(processes.rank, len(sample.rows), processes.world_size))
     with ready_to_run(model, stack), Progress(share, enabled=processes.is_main) as progress:
@@ -163,7 +167,7 @@ def _scored_plan(
             coverage=options.coverage,
             budget=options.budget,
             min_layers=options.min_layers,
-            seed=cfg.seed or 42,
+            seed=seed_of(cfg),
             batch_tokens=max(cfg.micro_batch_size or 1, 1) * cfg.sequence_len,
             autocast=autocast_of(cfg),
             share=(processes.rank, processes.world_size),
@@ -188,13 +192,20 @@ def _scored_plan(
     return processes.main_only(lambda: plan)
 
 
+def _tokenizer_fingerprint(cfg: Any) -> str:
+    """Twelve hexadecimal digits that change with any entry of the vocabulary."""
+    vocabulary = sorted(load_tokenizer(cfg).get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:12]
+
+
 def _describe(sample: Sample, cfg: Any, tokens: int, loss: float) -> dict[str, Any]:
     return {
         "rows": len(sample.rows),
         "tokens": tokens,
-        "seed": cfg.seed or 42,
+        "seed": seed_of(cfg),
         "loss": loss,
         "dataset_fingerprint": sample.fingerprint(),
+        "tokenizer_fingerprint": _tokenizer_fingerprint(cfg),
         "datasets": [str(d.get("path")) for d in cfg.datasets or cfg.pretraining_dataset or []],
     }
 

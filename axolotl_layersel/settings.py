@@ -27,6 +27,11 @@ def plan_path(cfg: Any) -> Path:
     return Path(cfg.output_dir) / PLAN_FOLDER / PLAN_FILE
 
 
+def seed_of(cfg: Any) -> int:
+    """The seed of every draw; axolotl's default where the config has none."""
+    return 42 if cfg.seed is None else int(cfg.seed)
+
+
 def autocast_of(cfg: Any) -> torch.dtype | None:
     """The trainer's autocast dtype, or None for full precision."""
     return cfg.torch_dtype if cfg.torch_dtype in AUTOCAST_TYPES else None
