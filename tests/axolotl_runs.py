@@ -264,7 +264,7 @@ class Running:
             if over and text not in self.log:
                 self.signal(signal.SIGKILL)
                 raise AssertionError(f"{text!r} did not appear in the log:\n{self.log[-6000:]}")
-            time.sleep(0.05)
+            time.sleep(0.01)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to every process of the run."""
