@@ -1,136 +1,220 @@
-"""Predicted against measured: calibration, regret, rivals, stability. Prints the tables of README.md and draws the figures.
+"""Predicted against measured: calibration, exponent, rivals at equal cost, stability; tables and figures.
 
-    python analyse.py --results results                     # the evidence that is kept with the benchmark
-    python analyse.py --runs work/runs.jsonl --signals work/signals --save results      # one's own
-
-The exponent of retention(k) = (sum of w_i over i >= k) ** exponent is always fitted on other models or other tasks than the ones
-it is judged on (leave one model out and leave one task out; the held-out errors of both are pooled).
+python analyse.py                                                        # the evidence kept in results/
+python analyse.py --runs work/runs.jsonl --signals work/signals --save results --figures work/figures
 """
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from evidence import Array, Pair, load, scalars, tails, weights
-from scipy.optimize import minimize, minimize_scalar
+from evidence import Pair, compact, load, scalars, weights
+from merits import (
+    at_equal_cost,
+    bootstrap,
+    calibration,
+    chosen_cut,
+    errors,
+    fit_constant,
+    fit_scalar,
+    leave_out,
+    measured_at,
+    predicted,
+    regret,
+    single_layer_correlation,
+    stability,
+    step_cost,
+)
 from scipy.stats import spearmanr
 
-Exponent = Callable[[Pair], float]
-COVERAGE = 0.95
-WEIGHTS = (
-    "uniform", "remaining", "entering", "remaining@logit_lens", "remaining@semantic_loss", "remaining@cosine_without_norm",
-    "drop", "drop_first_raw", "drop_first_next", "drop_first_zero", "drop@logit_lens", "drop@semantic_loss",
-    "drop@cosine_without_norm", "transition", "transition_first_raw", "transition_first_next",
-    "transition@cosine_without_norm", "change", "length", "block_influence", "cka", "gradient", "relative_gradient", "spectrum",
+OURS = (
+    "uniform", "remaining", "entering", "drop", "transition",
+    "remaining@logit_lens", "drop@logit_lens", "remaining@semantic_loss", "drop@semantic_loss",
 )  # fmt: skip
-RIVALS = ("block_influence", "cka", "gradient", "relative_gradient", "spectrum")
-
-
-def predicted(pair: Pair, weight_L: Array, exponent: float) -> Array:
-    """Predicted retention of training layers k..L-1, for every k."""
-    return np.asarray(tails(weight_L) ** exponent)
-
-
-def errors(pairs: list[Pair], weight: str, exponent: Exponent) -> Array:
-    """Predicted minus measured retention at every measured cut but cut 0, pooled over pairs."""
-    found = [predicted(p, weights(p, weight), exponent(p))[p.cuts] - p.measured for p in pairs]
-    return np.concatenate([e[1:] for e in found])
-
-
-def fit_constant(pairs: list[Pair], weight: str) -> Exponent:
-    """One exponent for every model and task, least mean absolute error."""
-    best = minimize_scalar(lambda b: np.abs(errors(pairs, weight, lambda _: b)).mean(), bounds=(0.005, 1.5), method="bounded").x
-    return lambda _: float(best)
-
-
-def fit_linear(pairs: list[Pair], weight: str, scalar: str) -> Exponent:
-    """exponent = exp(a + b z), z the scalar standardised over the training pairs; a slight pull of b towards zero."""
-    values = np.array([scalars(p)[scalar] for p in pairs])
-    centre, spread = values.mean(), values.std() or 1.0
-
-    def at(theta: Array) -> Exponent:
-        return lambda p: float(np.exp(np.clip(theta[0] + theta[1] * (scalars(p)[scalar] - centre) / spread, -5, 0.5)))
-
-    start = np.array([np.log(fit_constant(pairs, weight)(pairs[0])), 0.0])
-    loss = lambda t: np.abs(errors(pairs, weight, at(t))).mean() + 0.002 * t[1] ** 2  # noqa: E731
-    return at(minimize(loss, start, method="Nelder-Mead", options={"initial_simplex": start + np.array([[0, 0], [0.3, 0], [0, 0.3]])}).x)
-
-
-def leave_out(pairs: list[Pair], by: str, fit: Callable[[list[Pair]], Exponent]) -> list[tuple[Pair, float]]:
-    """Every pair with the exponent that was fitted without its model or without its task."""
-    found = []
-    for group in sorted({getattr(p, by) for p in pairs}):
-        rest = [p for p in pairs if getattr(p, by) != group]
-        if not rest:
-            continue
-        exponent = fit(rest)
-        found += [(p, exponent(p)) for p in pairs if getattr(p, by) == group]
-    return found
-
-
-def chosen_cut(retention_L: Array, coverage: float) -> int:
-    """The smallest suffix that is predicted to keep `coverage`."""
-    return int(np.flatnonzero(retention_L >= coverage - 1e-12)[-1])
-
-
-def measured_at(pair: Pair, cut: int) -> float:
-    """Measured retention at any cut, linear in the cut between the points of the grid."""
-    return float(np.interp(cut, pair.cuts, pair.measured))
-
-
-def calibration(pairs: list[Pair], weight: str, fit: Callable[[list[Pair]], Exponent]) -> dict[str, float]:
-    """Held-out errors of one choice of weights and exponent, and what its cut at coverage 0.95 really keeps."""
-    error, kept, depth, worst = [], [], [], 0.0
-    for by in ("task", "model"):
-        for pair, exponent in leave_out(pairs, by, fit):
-            curve = predicted(pair, weights(pair, weight), exponent)
-            mine = (curve[pair.cuts] - pair.measured)[1:]
-            error.append(np.abs(mine).mean())
-            worst = max(worst, float(np.abs(mine).max()))
-            cut = chosen_cut(curve, COVERAGE)
-            kept.append(measured_at(pair, cut))
-            depth.append(1 - cut / pair.layers)
-    return {"mae": float(np.mean(error)), "worst": worst, "least_kept": min(kept), "mean_kept": float(np.mean(kept)), "depth": float(np.mean(depth))}
-
-
-def show_calibration(pairs: list[Pair], names: tuple[str, ...]) -> None:
-    print("\n| weights | exponent (all) | MAE, exponent left out | worst | least kept at 0.95 | mean kept | layers trained |\n|---|---|---|---|---|---|---|")
-    for weight in names:
-        c = calibration(pairs, weight, lambda rest, w=weight: fit_constant(rest, w))
-        b = fit_constant(pairs, weight)(pairs[0])
-        print(f"| {weight} | {b:.3f} | {c['mae']:.4f} | {c['worst']:.3f} | {c['least_kept']:.3f} | {c['mean_kept']:.3f} | {c['depth']:.2f} |", flush=True)
-
-
-def show_exponents(pairs: list[Pair], weight: str) -> None:
-    print(f"\nexponent from a scalar, weights `{weight}`\n\n| scalar | rank correlation with the pair's own exponent | MAE, left out | worst | least kept | layers trained |\n|---|---|---|---|---|---|")
-    own = [fit_constant([p], weight)(p) for p in pairs]
-    for scalar in scalars(pairs[0]):
-        rho = spearmanr([scalars(p)[scalar] for p in pairs], own)[0]
-        c = calibration(pairs, weight, lambda rest, s=scalar: fit_linear(rest, weight, s))
-        print(f"| {scalar} | {rho:+.2f} | {c['mae']:.4f} | {c['worst']:.3f} | {c['least_kept']:.3f} | {c['depth']:.2f} |", flush=True)
-    oracle = np.mean([np.abs(errors([p], weight, lambda _, b=b: b)).mean() for p, b in zip(pairs, own, strict=True)])
-    print(f"own exponent of every pair (a bound, not a prediction): MAE {oracle:.4f}; exponents " + ", ".join(f"{p.model}/{p.task} {b:.3f}" for p, b in zip(pairs, own, strict=True)))
+ABLATIONS = (
+    "remaining@cosine_without_norm", "drop@cosine_without_norm", "transition@cosine_without_norm",
+    "drop_first_raw", "drop_first_next", "drop_first_zero", "transition_first_raw", "transition_first_next",
+    "change", "length",
+)  # fmt: skip
+RIVALS = ("block_influence", "cka", "gradient", "relative_gradient", "gradient_squared", "spectrum")
 
 
 def show_measured(pairs: list[Pair]) -> None:
-    print("\n| model | task | base | all layers | seeds | measured retention at cut |\n|---|---|---|---|---|---|")
+    print(
+        "\n### Measured retention\n\n"
+        "| model | task | base | all layers | seeds | retention at cut |\n|---|---|---|---|---|---|"
+    )
     for p in pairs:
         curve = ", ".join(f"{k}: {r:.3f}" for k, r in zip(p.cuts, p.measured, strict=True))
         print(f"| {p.model} | {p.task} | {p.base:.3f} | {p.loss(0):.3f} | {len(p.seeds)} | {curve} |")
 
 
+def show_calibration(pairs: list[Pair], names: tuple[str, ...]) -> None:
+    print("\n### Calibration, one exponent fitted on other models or tasks\n")
+    print(
+        "| weights | exponent | MAE | better than uniform by (95 %) | worst | kept at 0.95: least | mean | step cost |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    control = _pair_errors(pairs, "uniform")
+    for weight in names:
+        c = calibration(pairs, weight, lambda rest, w=weight: fit_constant(rest, w))
+        gains = [u - e for u, e in zip(control, _pair_errors(pairs, weight), strict=True)]
+        low, high = bootstrap(gains)
+        exponent = fit_constant(pairs, weight)(pairs[0])
+        print(
+            f"| {weight} | {exponent:.3f} | {c['mae']:.4f} | {np.mean(gains):+.4f} ({low:+.4f} to {high:+.4f}) "
+            f"| {c['worst']:.3f} | {c['least_kept']:.3f} | {c['mean_kept']:.3f} | {c['cost']:.2f} |",
+            flush=True,
+        )
+
+
+def _pair_errors(pairs: list[Pair], weight: str) -> list[float]:
+    """Mean absolute held-out error of every pair, over both ways of leaving out."""
+    found = []
+    for by in ("task", "model"):
+        left = leave_out(pairs, by, lambda rest: fit_constant(rest, weight))
+        found.append({(p.model, p.task): float(np.abs(errors([p], weight, lambda _, b=b: b)).mean()) for p, b in left})
+    return [float(np.mean([table[p.model, p.task] for table in found if table])) for p in pairs]
+
+
+def show_scalars(pairs: list[Pair], weight: str) -> None:
+    print(f"\n### Exponent from a scalar of the same forward pass, weights `{weight}`\n")
+    print(
+        "| scalar | rank correlation with the pair's own exponent | MAE | worst | least kept | step cost |\n"
+        "|---|---|---|---|---|---|"
+    )
+    own = [fit_constant([p], weight)(p) for p in pairs]
+    c = calibration(pairs, weight, lambda rest: fit_constant(rest, weight))
+    print(f"| none (constant) | | {c['mae']:.4f} | {c['worst']:.3f} | {c['least_kept']:.3f} | {c['cost']:.2f} |")
+    for scalar in scalars(pairs[0]):
+        rho = spearmanr([scalars(p)[scalar] for p in pairs], own)[0]
+        c = calibration(pairs, weight, lambda rest, s=scalar: fit_scalar(rest, weight, s))
+        print(
+            f"| {scalar} | {rho:+.2f} | {c['mae']:.4f} | {c['worst']:.3f} | {c['least_kept']:.3f} | {c['cost']:.2f} |",
+            flush=True,
+        )
+    bound = np.mean([np.abs(errors([p], weight, lambda _, b=b: b)).mean() for p, b in zip(pairs, own, strict=True)])
+    print(f"\nEvery pair with its own exponent (a bound, not a prediction): MAE {bound:.4f}; exponents: ", end="")
+    print(", ".join(f"{p.model}/{p.task} {b:.3f}" for p, b in zip(pairs, own, strict=True)))
+
+
+def show_choices(pairs: list[Pair], names: tuple[str, ...]) -> None:
+    print(
+        "\n### What is kept and spent\n\n"
+        "| choice | mean kept | least kept | step cost | median regret | worst regret |\n|---|---|---|---|---|---|"
+    )
+    for name, cut_of in (
+        ("all layers", lambda p: 0),
+        ("fixed cut at 25 %", lambda p: p.layers // 4),
+        ("fixed cut at 50 %", lambda p: p.layers // 2),
+        ("fixed cut at 75 %", lambda p: 3 * p.layers // 4),
+        ("last 2 layers", lambda p: p.layers - 2),
+    ):
+        _choice(name, [(p, float(cut_of(p))) for p in pairs])
+    random = [(p, float(cut)) for p in pairs for cut in range(p.layers)]
+    _choice("random cut", random)
+    for weight in names:
+        for coverage in (0.9, 0.95):
+            left = leave_out(pairs, "task", lambda rest, w=weight: fit_constant(rest, w))
+            cuts = [(p, float(chosen_cut(predicted(p, weights(p, weight), b), coverage))) for p, b in left]
+            _choice(f"{weight}, coverage {coverage}", cuts)
+    print("\n### Equal mean step cost (0.75): the signal decides which model and task gets more layers\n")
+    print("| signal | mean kept | least kept |\n|---|---|---|")
+    for weight in (*names, *RIVALS):
+        kept, least = at_equal_cost(pairs, weight, 0.75)
+        print(f"| {weight} | {kept:.4f} | {least:.4f} |")
+
+
+def _choice(name: str, cuts: list[tuple[Pair, float]]) -> None:
+    kept = [measured_at(p, cut) for p, cut in cuts]
+    lost = [regret(p, cut) for p, cut in cuts]
+    cost = np.mean([step_cost(p, cut) for p, cut in cuts])
+    print(f"| {name} | {np.mean(kept):.3f} | {min(kept):.3f} | {cost:.2f} | {np.median(lost):.3f} | {max(lost):.3f} |")
+
+
+def show_single(pairs: list[Pair]) -> None:
+    told = [p for p in pairs if len(p.single) >= p.layers // 2]
+    if not told:
+        return
+    print(
+        "\n### Rank correlation with the measured gain of one layer alone\n\n| signal | "
+        + " | ".join(f"{p.model}/{p.task}" for p in told)
+        + " |"
+    )
+    print("|---" * (len(told) + 1) + "|")
+    for weight in ("remaining", "drop", "transition", "drop@logit_lens", "length", *RIVALS):
+        print(f"| {weight} | " + " | ".join(f"{single_layer_correlation(p, weight):+.2f}" for p in told) + " |")
+
+
+def show_stability(pairs: list[Pair], names: tuple[str, ...]) -> None:
+    print("\n### Stability: share of resamples with the cut of all rows (spread of the cut, in layers)\n")
+    sizes = (16, 32, 64, 128, 256, 512)
+    print("| weights | " + " | ".join(f"{size} rows" for size in sizes) + " |\n" + "|---" * (len(sizes) + 1) + "|")
+    for weight in names:
+        exponent = fit_constant(pairs, weight)(pairs[0])
+        cells = []
+        for size in sizes:
+            found = [stability(p, weight, exponent, size) for p in pairs]
+            cells.append(f"{np.mean([f[0] for f in found]):.2f} ({np.mean([f[1] for f in found]):.2f})")
+        print(f"| {weight} | " + " | ".join(cells) + " |")
+
+
+def draw(pairs: list[Pair], names: tuple[str, ...], folder: Path) -> None:
+    """Measured curves with the prediction of each choice of weights, and predicted against measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = min(4, len(pairs))
+    lines = -(-len(pairs) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 2.6 * lines), sharey=True, squeeze=False)
+    for axis, p in zip(axes.flat, pairs, strict=False):
+        axis.plot(p.cuts, p.measured, "ko-", markersize=4, label="measured")
+        for weight in names:
+            exponent = {
+                (q.model, q.task): b for q, b in leave_out(pairs, "task", lambda rest, w=weight: fit_constant(rest, w))
+            }
+            axis.plot(predicted(p, weights(p, weight), exponent[p.model, p.task]), linewidth=1, label=weight)
+        axis.set_title(f"{p.model} / {p.task}", fontsize=9)
+        axis.set_xlabel("first trainable layer")
+    axes[0, 0].set_ylabel("retention")
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(folder / "retention.png", dpi=130)
+
+
 def main() -> None:
+    here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--signals", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=here / "results" / "runs.jsonl")
+    parser.add_argument("--signals", type=Path, default=here / "results" / "signals")
+    parser.add_argument("--save", type=Path, help="folder for a compact copy of the evidence")
+    parser.add_argument("--figures", type=Path)
+    parser.add_argument(
+        "--weights", nargs="+", default=["uniform", "remaining", "drop", "transition"], help="choices shown in detail"
+    )
     args = parser.parse_args()
     pairs = load(args.runs, args.signals)
+    if len({p.task for p in pairs}) < 2:
+        raise SystemExit(
+            f"{len(pairs)} complete pairs in {args.runs}; leaving one task out needs two tasks: run more of the sweep"
+        )
+    names = tuple(args.weights)
     show_measured(pairs)
-    show_calibration(pairs, WEIGHTS)
-    for weight in ("uniform", "remaining"):
-        show_exponents(pairs, weight)
+    show_calibration(pairs, (*OURS, *ABLATIONS, *RIVALS))
+    for weight in names[:2]:
+        show_scalars(pairs, weight)
+    show_choices(pairs, names)
+    show_single(pairs)
+    show_stability(pairs, names)
+    if args.figures:
+        draw(pairs, names, args.figures)
+    if args.save:
+        compact(args.runs, args.signals, args.save)
+        (args.save / "pairs.json").write_text(json.dumps([[p.model, p.task] for p in pairs]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

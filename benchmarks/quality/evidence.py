@@ -1,4 +1,4 @@
-"""The evidence as arrays: measured retention of every cut beside what was measured before training; no figure of merit here.
+"""The evidence as arrays: measured retention of every cut beside what was measured before training.
 
 Retention(k) = (base - loss_k) / (base - loss_0): the share of the improvement of training all layers that a cut keeps.
 """
@@ -11,8 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-RIVALS = ("block_influence", "cka", "gradient", "relative_gradient", "spectrum")
-OURS = ("uniform", "remaining", "drop", "transition")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,12 @@ class Pair:
         return np.array([self.retention(cut) for cut in self.cuts])
 
     def mean(self, name: str, counts_R: Array | None = None, rows: int = 128) -> Array:
-        """Token-weighted mean of a per-row signal over the first `rows` rows, or over rows as often as `counts_R` says."""
+        """Token-weighted mean of a signal over the first `rows` rows, or over rows as often as `counts_R` says.
+
+        Compact evidence has rows for two signals only; the others are means over 128 rows.
+        """
+        if name not in self.signals["rows"]:  # type: ignore[operator]
+            return np.array(self.signals["means"][name])  # type: ignore[index]
         table, tokens = np.array(self.signals["rows"][name]), np.array(self.signals["rows"]["tokens"])[:, 0]  # type: ignore[index]
         counts = np.zeros(len(tokens)) if counts_R is None else counts_R
         if counts_R is None:
@@ -75,11 +78,15 @@ def weights(pair: Pair, weight: str, counts_R: Array | None = None, rows: int = 
         w = np.ones(pair.layers)
     elif name in ("gradient", "relative_gradient", "spectrum", "cka"):
         w = np.array(pair.signals["layers"][name])  # type: ignore[index]
+    elif name == "gradient_squared":
+        w = np.array(pair.signals["layers"]["gradient"]) ** 2  # type: ignore[index]
     elif name in ("block_influence", "length"):
         w = pair.mean(name, counts_R, rows)
     elif name.startswith("transition"):
         w = pair.mean("miss_without_norm" if deviation == "cosine_without_norm" else "miss", counts_R, rows)
-        w = {"transition": first_as_mean, "transition_first_raw": np.asarray, "transition_first_next": first_as_next}[name](w)
+        w = {"transition": first_as_mean, "transition_first_raw": np.asarray, "transition_first_next": first_as_next}[
+            name
+        ](w)
     else:
         d = pair.mean(deviation, counts_R, rows)
         drops = np.maximum(d[:-1] - d[1:], 0)
@@ -111,8 +118,8 @@ def scalars(pair: Pair) -> dict[str, float]:
     d = pair.mean("cosine")
     lens = pair.mean("logit_lens")
     return {
-        "shift_share": (base - shifted["100"]) / base,
-        "shift_nats": base - shifted["100"],
+        "shift_share": (base - shifted["1000"]) / base,
+        "shift_nats": base - shifted["1000"],
         "divergence": marginal["divergence"],  # type: ignore[dict-item, index]
         "loss": base,
         "unigram": unigram,
@@ -137,18 +144,33 @@ def load(runs: Path, signals: Path) -> list[Pair]:
         steps = max((line["steps"] for line in mine if line["kind"] == "cut" and line["index"] == 0), default=0)
         cut_lines = [line for line in mine if line["kind"] == "cut" and line["steps"] == steps]
         losses: dict[int, dict[int, float]] = {}
-        for cut in sorted({line["index"] for line in cut_lines}):
-            at = [line for line in cut_lines if line["index"] == cut]
-            best = min((line for line in at if line["seed"] == 0), key=lambda line: line["loss"], default=None)
-            if best is None:
-                continue
-            losses[cut] = {0: best["loss"]}
-            for line in at:
-                if line["seed"] != 0:
-                    losses[cut][line["seed"]] = line["loss"]
+        for line in cut_lines:
+            losses.setdefault(line["index"], {})[line["seed"]] = line["loss"]
+        if 0 in losses:
+            losses = {cut: by_seed for cut, by_seed in losses.items() if set(by_seed) & set(losses[0])}
         layers = len(found["layers"]["spectrum"])
         if not base or 0 not in losses or layers - 1 not in losses:
             continue
         single = {line["index"]: line["loss"] for line in mine if line["kind"] == "single"}
         pairs.append(Pair(found["model"], found["task"], layers, base[0], sorted(losses), losses, single, found))
     return pairs
+
+
+def compact(runs: Path, signals: Path, folder: Path) -> None:
+    """A copy of the evidence that is small enough for a repository: row sums of two signals, means of the others."""
+    (folder / "signals").mkdir(parents=True, exist_ok=True)
+    lines = list(dict.fromkeys(runs.read_text(encoding="utf-8").splitlines()))
+    (folder / "runs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for file in signals.glob("*.json"):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        rows = found["rows"]
+        tokens = np.array(rows["tokens"])[:128]
+        found["rows"] = {"tokens": tokens[:, 0:1].tolist()}
+        found["means"] = {}
+        for name, table in rows.items():
+            sums = np.array(table)[:128]
+            if name in ("cosine", "miss"):
+                found["rows"][name] = [[float(f"{x:.4g}") for x in row] for row in sums]
+            elif name != "tokens":
+                found["means"][name] = [float(f"{x:.6g}") for x in sums.sum(0) / tokens.sum()]
+        (folder / "signals" / file.name).write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")

@@ -1,170 +1,30 @@
 """Fine-tunes a model with every cut on a grid: what each choice of layers would really have given.
 
-One run = one line of JSON: model, task, kind (`cut`: LoRA on layers index..L-1, `single`: LoRA on layer index alone, `full`: every
-weight of layers index..L-1), learning rate, seed, steps, held-out loss. A line that is there is not run again, so a killed sweep continues.
+One run = one line of JSON: model, task, kind (`cut`: LoRA on layers index..L-1, `single`: LoRA on layer index alone,
+`full`: every weight of layers index..L-1; `tune-cut`, `tune-full`: to find the rate), learning rate, seed, steps,
+held-out loss. A line that is there is not run again, so a killed sweep continues.
 
-The learning rate is tuned on three cuts (three points each, and the vertex of the parabola through them in log rate) and interpolated in
-the trained depth between them. Layers below the cut are frozen, so their output is the same in every step and run: it is computed once
-for a model and task, and the run starts from there with the upper layers alone. That this is exact is checked on a batch of every model.
+The learning rate is tuned on three cuts (three points each, and the vertex of the parabola through them in log rate)
+and interpolated between them.
 """
 
 import argparse
-import copy
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from pretrain import read_documents, split_documents
+from students import Cached, cache_states, check_upper_part, finetune, heldout_loss, load_model
 from tasks import TASKS, Rows, build_task
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from axolotl_layersel.stack import find_stack
-from axolotl_layersel.trace import read_states
 
-IGNORED = -100
 RATES = {"cut": (3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)}
-
-
-@dataclass(frozen=True)
-class Cached:
-    """Rows of one task with the latent states at every cut; row r of state s is `states[s][r]`, (T, D) float32."""
-
-    labels: list[Tensor]
-    states: dict[int, list[Tensor]]
-
-
-def pad(rows: list[Tensor], value: float) -> Tensor:
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-
-def by_length(labels: list[Tensor], size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(labels)), key=lambda row: len(labels[row]))
-    for at in range(0, len(order), size):
-        yield order[at : at + size]
-
-
-@torch.no_grad()
-def cache_states(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], cuts: list[int]) -> Cached:
-    """One forward pass over the rows; keeps the states that enter the layers in `cuts`."""
-    stack = find_stack(model)
-    device = next(model.parameters()).device
-    model.eval()
-    labels = [torch.tensor(label) for _, label in rows]
-    states: dict[int, list[Tensor]] = {cut: [torch.empty(0)] * len(rows) for cut in cuts}
-    for batch in by_length(labels, 16):
-        ids = pad([torch.tensor(rows[r][0]) for r in batch], 0).to(device)
-        mask = pad([torch.ones(len(rows[r][0]), dtype=torch.long) for r in batch], 0).to(device)
-
-        def reader(state: int, hidden_BTD: Tensor, batch: list[int] = batch) -> None:
-            for place, row in enumerate(batch):
-                if state in states:
-                    states[state][row] = hidden_BTD[place, : len(labels[row])].clone()
-
-        read_states(stack, input_ids=ids, attention_mask=mask, reader=reader)
-    return Cached(labels=labels, states=states)
-
-
-def upper_part(model: PreTrainedModel, cut: int) -> PreTrainedModel:
-    """A copy of the model without the layers below `cut`; fed with `inputs_embeds`, the state that enters layer `cut`."""
-    upper = copy.deepcopy(model)
-    stack = find_stack(upper)
-    parent_name, _, list_name = stack.layers_name.rpartition(".")
-    setattr(upper.get_submodule(parent_name), list_name, nn.ModuleList(stack.layers[cut:]))
-    upper.config.num_hidden_layers = len(stack.layers) - cut
-    return upper
-
-
-def run_batch(model: nn.Module, cached: Cached, cut: int, batch: list[int]) -> Tensor:
-    """Summed cross-entropy over the labels of the batch; the unembedding is applied to the scored positions only."""
-    stack = find_stack(model)
-    device = next(model.parameters()).device
-    states = pad([cached.states[cut][r] for r in batch], 0.0).to(device)
-    mask = pad([torch.ones(len(cached.labels[r]), dtype=torch.long) for r in batch], 0).to(device)
-    targets = pad([cached.labels[r] for r in batch], IGNORED).to(device)[:, 1:]
-    hidden = stack.backbone(inputs_embeds=states, attention_mask=mask).last_hidden_state[:, :-1]
-    logits = stack.head(hidden[targets != IGNORED]).float()
-    return nn.functional.cross_entropy(logits, targets[targets != IGNORED], reduction="sum")
-
-
-def scored(cached: Cached, batch: list[int]) -> int:
-    return sum(int((cached.labels[r][1:] != IGNORED).sum()) for r in batch)
-
-
-@torch.no_grad()
-def heldout_loss(model: nn.Module, cached: Cached, cut: int) -> float:
-    """Nats for each scored token, in bfloat16 autocast as in training, summed in float32."""
-    model.eval()
-    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
-        total = sum(float(run_batch(model, cached, cut, batch)) for batch in by_length(cached.labels, 16))
-    return total / scored(cached, list(range(len(cached.labels))))
-
-
-@torch.no_grad()
-def check_upper_part(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], cached: Cached, cut: int) -> None:
-    """The upper layers on cached states must give the logits' loss of the whole model on token ids, in float32."""
-    batch = list(range(min(4, len(rows))))
-    device = next(model.parameters()).device
-    ids = pad([torch.tensor(rows[r][0]) for r in batch], 0).to(device)
-    mask = pad([torch.ones(len(rows[r][0]), dtype=torch.long) for r in batch], 0).to(device)
-    labels = pad([cached.labels[r] for r in batch], IGNORED).to(device)
-    whole = float(model(input_ids=ids, attention_mask=mask, labels=labels).loss)
-    upper = float(run_batch(upper_part(model, cut), cached, cut, batch)) / scored(cached, batch)
-    if not math.isclose(whole, upper, rel_tol=1e-4):
-        raise ValueError(f"layers {cut}.. on cached states give loss {upper:.5f}, the whole model {whole:.5f}: not equivalent")
-
-
-def trainable(model: PreTrainedModel, *, kind: str, cut: int, seed: int) -> nn.Module:
-    """The upper part with LoRA in all linear layers (of its first layer only for `single`), or with all layers unfrozen."""
-    torch.manual_seed(seed)
-    upper = upper_part(model, cut)
-    if kind == "full":
-        for parameter in upper.parameters():
-            parameter.requires_grad_(False)
-        for layer in find_stack(upper).layers:
-            for parameter in layer.parameters():
-                parameter.requires_grad_(True)
-        return upper
-    only = [0] if kind == "single" else None
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", layers_to_transform=only, task_type="CAUSAL_LM")
-    if only:
-        names = {name.rpartition(".")[2] for name, m in find_stack(upper).layers[0].named_modules() if isinstance(m, nn.Linear)}
-        config.target_modules = names
-    return get_peft_model(upper, config)
-
-
-def finetune(
-    model: PreTrainedModel, train: Cached, *, kind: str, cut: int, learning_rate: float, seed: int, steps: int, rows: int
-) -> nn.Module:
-    """AdamW, 5 % warm-up, cosine to zero, gradient norm 1, bfloat16 autocast; rows in an order that the seed draws."""
-    student = trainable(model, kind=kind, cut=cut, seed=seed)
-    device = next(student.parameters()).device
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < steps * rows:
-        order += torch.randperm(len(train.labels), generator=generator).tolist()
-    student.train()
-    for step in range(steps):
-        share = step / steps
-        rate = learning_rate * min(1.0, (step + 1) / max(1, steps // 20)) * 0.5 * (1 + math.cos(math.pi * share))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = order[step * rows : (step + 1) * rows]
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = run_batch(student, train, cut, batch) / scored(train, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return student
 
 
 class Runs:
@@ -186,8 +46,15 @@ class Runs:
             file.write(json.dumps(run) + "\n")
 
 
-def best_rate(rates: tuple[float, ...], losses: list[float]) -> float:
-    """Vertex of the parabola through three points in log rate, as the nearest of: the best point, half a step beside it."""
+def best_rate(rates: tuple[float, ...], losses: list[float], *, base: float) -> float:
+    """Vertex of the parabola through three points in log rate, rounded to the best point or half a step beside it.
+
+    A rate that reaches less than half of the best improvement has diverged; how far says nothing about where the best
+    rate is, so it counts as the worst rate that has not.
+    """
+    losses = [float("inf") if base - loss < (base - min(losses)) / 2 else loss for loss in losses]
+    worst = max(loss for loss in losses if math.isfinite(loss))
+    losses = [min(loss, worst) for loss in losses]
     best = int(np.argmin(losses))
     logs = np.log(rates)
     second, first, _ = np.polyfit(logs, losses, 2)
@@ -201,7 +68,18 @@ def best_rate(rates: tuple[float, ...], losses: list[float]) -> float:
 class Sweep:
     """All runs of one model on one task."""
 
-    def __init__(self, name: str, task: str, *, model: PreTrainedModel, data: Rows, cuts: list[int], runs: Runs, steps: int, rows: int):
+    def __init__(
+        self,
+        name: str,
+        task: str,
+        *,
+        model: PreTrainedModel,
+        data: Rows,
+        cuts: list[int],
+        runs: Runs,
+        steps: int,
+        rows: int,
+    ):
         self.name, self.task, self.model, self.runs, self.steps, self.rows = name, task, model, runs, steps, rows
         self.layers = find_stack(model).num_layers
         self.data, self.cuts = data, cuts
@@ -211,7 +89,10 @@ class Sweep:
     def cached(self) -> tuple[Cached, Cached]:
         if self._cached is None:
             every = list(range(self.layers))
-            self._cached = cache_states(self.model, self.data.train, every), cache_states(self.model, self.data.heldout, every)
+            self._cached = (
+                cache_states(self.model, self.data.train, every),
+                cache_states(self.model, self.data.heldout, every),
+            )
             for cut in (0, self.layers // 2):
                 check_upper_part(self.model, self.data.heldout, self._cached[1], cut)
             base = heldout_loss(self.model, self._cached[1], 0)
@@ -221,6 +102,23 @@ class Sweep:
                 self.runs.add(run)
         return self._cached
 
+    def base_loss(self) -> float:
+        """Held-out loss before fine-tuning."""
+        key = self.runs.key(
+            {
+                "model": self.name,
+                "task": self.task,
+                "kind": "base",
+                "index": -1,
+                "learning_rate": 0.0,
+                "seed": 0,
+                "steps": 0,
+            }
+        )
+        if key not in self.runs.done:
+            self.cached()
+        return float(self.runs.done[key]["loss"])  # type: ignore[arg-type]
+
     def loss(self, kind: str, index: int, learning_rate: float, seed: int, steps: int | None = None) -> float:
         steps = steps or self.steps
         rate = float(f"{learning_rate:.3g}")
@@ -228,6 +126,11 @@ class Sweep:
         run |= {"learning_rate": rate, "seed": seed, "steps": steps}
         if (known := self.runs.done.get(self.runs.key(run))) is not None:
             return float(known["loss"])  # type: ignore[arg-type]
+        tuning = self.runs.done.get(self.runs.key(run | {"kind": f"tune-{kind}"}))
+        if tuning is not None:  # the same run
+            self.runs.add(tuning | {"kind": kind})
+            return float(tuning["loss"])  # type: ignore[arg-type]
+        kind = kind.removeprefix("tune-")
         train, heldout = self.cached()
         started = time.monotonic()
         student = finetune(
@@ -244,13 +147,25 @@ class Sweep:
         if self.tuned_on is not None:
             return self.tuned_on.rates(kind)
         tuned = [self.cuts[0], min(self.cuts, key=lambda cut: abs(cut - self.layers // 2)), self.cuts[-1]]
-        best = [best_rate(RATES[kind], [self.loss(kind, cut, rate, 0) for rate in RATES[kind]]) for cut in tuned]
+        best = [self.tuned_rate(kind, cut) for cut in tuned]
         return {cut: float(np.exp(np.interp(cut, tuned, np.log(best)))) for cut in range(self.layers)}
 
-    def run_cuts(self, seed: int, kind: str = "cut") -> None:
+    def tuned_rate(self, kind: str, cut: int) -> float:
+        """Best of three rates or, while the best is the lowest, of one lower point more (two at most)."""
+        rates = list(RATES[kind])
+        losses = [self.loss(f"tune-{kind}", cut, rate, 0) for rate in rates]
+        while losses[0] == min(losses) and len(rates) < 5:
+            rates.insert(0, rates[0] * rates[0] / rates[1])
+            losses.insert(0, self.loss(f"tune-{kind}", cut, rates[0], 0))
+        best = min(max(int(np.argmin(losses)), 1), len(rates) - 2)
+        three = slice(best - 1, best + 2)
+        return best_rate(tuple(rates[three]), losses[three], base=self.base_loss())
+
+    def run_cuts(self, seed: int, kind: str = "cut", factor: float = 1.0) -> None:
+        """Every cut of the grid at its rate times `factor`."""
         rates = self.rates(kind)
         for cut in self.cuts:
-            self.loss(kind, cut, rates[cut], seed)
+            self.loss(kind, cut, rates[cut] * factor, seed)
 
     def run_single(self, layers: list[int], seed: int = 0) -> None:
         """One layer at a time, at the rate of the last cut (also one layer)."""
@@ -268,22 +183,22 @@ def grid(num_layers: int, points: int) -> list[int]:
     return sorted(num_layers - depth for depth in depths)
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, object]:
-    """A folder that pretrain.py wrote, or any causal language model of the Hugging Face hub."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    model.config.use_cache = False
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(name)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", required=True, help="folder or hub name; can be repeated")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--text", type=Path, help="the text that the models were pretrained on: its last documents are the near task")
+    parser.add_argument(
+        "--text", type=Path, help="the text that the models were pretrained on: its last documents are the near task"
+    )
     parser.add_argument("--gsm8k", type=Path)
     parser.add_argument("--roleplay", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("work/runs.jsonl"))
-    parser.add_argument("--phases", nargs="+", default=["cuts:0"], help="cuts:SEED, single, full:MODEL/TASK, steps:CUT:STEPS:SEED")
+    parser.add_argument(
+        "--phases",
+        nargs="+",
+        default=["cuts:0"],
+        help="cuts:SEED[:FACTOR], single, full:MODEL/TASK, steps:CUT:STEPS:SEED",
+    )
     parser.add_argument("--tune-on", choices=TASKS, help="tune the rates on this task only (default: on every task)")
     parser.add_argument("--cuts", type=int, default=8, help="number of cuts on the grid")
     parser.add_argument("--steps", type=int, default=60)
@@ -325,7 +240,8 @@ def main() -> None:
                 sweep = sweeps[name, task]
                 kind, _, rest = phase.partition(":")
                 if kind == "cuts":
-                    sweep.run_cuts(int(rest))
+                    seed, _, factor = rest.partition(":")
+                    sweep.run_cuts(int(seed), factor=float(factor or 1))
                 elif kind == "single":
                     sweep.run_single(list(range(sweep.layers)))
                 elif kind == "full":
@@ -334,7 +250,10 @@ def main() -> None:
                     cut, steps, seed = map(int, rest.split(":"))
                     sweep.loss("cut", cut, sweep.rates()[cut], seed, steps)
                 else:
-                    raise ValueError(f"got phase {phase!r}; allowed: cuts:SEED, single, full:MODEL/TASK, steps:CUT:STEPS:SEED")
+                    raise ValueError(
+                        f"got phase {phase!r}; allowed: cuts:SEED[:FACTOR], single, full:MODEL/TASK, "
+                        "steps:CUT:STEPS:SEED"
+                    )
 
 
 if __name__ == "__main__":

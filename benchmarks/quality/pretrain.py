@@ -1,9 +1,9 @@
 """Pretrains a small language model on any text, as a base model for the oracle benchmark.
 
-A base model must have learned a language before "which layers to fine-tune" means anything, so the script measures held-out loss
-against two models without layers, a unigram and an interpolated bigram fitted on as many tokens as the network has read, and exits
-with an error when the network does not beat both. The tokenizer (byte-level BPE) is trained on the same text. The last `--holdout` share of the
-documents is never trained on; `tasks.py` draws its near task from them.
+A base model must have learned a language before "which layers to fine-tune" means anything, so the script measures
+held-out loss against two models without layers, a unigram and an interpolated bigram fitted on as many tokens as the
+network has read, and exits with an error when the network does not beat both. The tokenizer (byte-level BPE) is trained
+on the same text. One document in twenty is never trained on; `tasks.py` draws its near task from them.
 
     python pretrain.py --text my_text_folder/ --arch llama --size cpu --minutes 11 --output work/models/llama-cpu
 
@@ -20,8 +20,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 SIZES = {  # hidden size, feed-forward size of a gated MLP, layers, heads
     "quick": (64, 176, 12, 2),
@@ -38,9 +44,9 @@ def read_documents(path: Path) -> list[str]:
         files = sorted(file for file in path.rglob("*") if file.suffix in {".txt", ".md", ".rst", ".py"})
         return [file.read_text(encoding="utf-8", errors="replace") for file in files]
     if path.name.endswith((".jsonl", ".jsonl.xz")):
-        stream = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-        with stream:
-            return [json.loads(line)["text"] for line in stream if line.strip()]
+        opened = lzma.open if path.suffix == ".xz" else open
+        with opened(path, "rt", encoding="utf-8") as lines:
+            return [json.loads(line)["text"] for line in lines if line.strip()]
     return [part for part in path.read_text(encoding="utf-8").split("\n\n\n") if part.strip()]
 
 
@@ -124,7 +130,7 @@ def build_model(arch: str, *, size: str, vocab_size: int, seed: int) -> PreTrain
 
 
 def ngram_losses(train: torch.Tensor, heldout: torch.Tensor, *, vocab_size: int) -> tuple[float, float]:
-    """Held-out nats for each token of a unigram and of an interpolated (Jelinek-Mercer, best of five weights) bigram."""
+    """Held-out nats for each token of a unigram and of an interpolated bigram (best of five weights)."""
     train, heldout = train.long(), heldout.long()
     counts = torch.bincount(train, minlength=vocab_size).double() + 0.1
     unigram = counts / counts.sum()
@@ -162,7 +168,7 @@ def pretrain(
     learning_rate: float,
     seed: int,
 ) -> dict[str, float]:
-    """AdamW in bfloat16 autocast until the time is up; the rate warms up, then falls linearly to zero with the clock."""
+    """AdamW in bfloat16 autocast until the time is up; the rate warms up, then falls to zero with the clock."""
     device = next(model.parameters()).device
     decayed = [p for p in model.parameters() if p.ndim == 2]
     plain = [p for p in model.parameters() if p.ndim != 2]
@@ -244,7 +250,7 @@ def main() -> None:
     print(json.dumps(facts), flush=True)
     if not facts["learned"]:
         raise SystemExit(
-            f"not trained: held-out loss {loss:.3f} does not beat the unigram ({unigram:.3f}) and the bigram ({bigram:.3f}); "
+            f"not trained: held-out loss {loss:.3f} does not beat unigram ({unigram:.3f}) and bigram ({bigram:.3f}); "
             "give more --minutes, or a smaller --size"
         )
 

@@ -1,21 +1,22 @@
 """What can be measured before training: our deviations, scalars that might set the exponent, and the rivals' signals.
 
-Everything forward-only comes from one pass over the rows that the fine-tuning will see; sums are kept for each row, so that any
-smaller sample and any bootstrap can be computed from the file. The rivals' signals need what they need: two gradients from 16 rows,
-Spectrum's signal-to-noise ratio from the weights alone.
+Everything forward-only comes from one pass over the rows that the fine-tuning will see; sums are kept for each row, so
+that any smaller sample and any bootstrap can be computed from the file. The rivals' signals need what they need:
+gradient norms one backward pass, Spectrum's signal-to-noise ratio the weights alone.
 """
 
 import argparse
 import copy
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from oracle import by_length, load_model, pad
 from pretrain import read_documents, split_documents
+from students import by_length, load_model, pad
 from tasks import TASKS, build_task
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ from axolotl_layersel.transition import (
 )
 
 Row = tuple[list[int], list[int]]
-SMOOTHING = (10.0, 30.0, 100.0, 300.0, 1000.0)  # pseudo-counts of the model's own marginal
+SMOOTHING = (100.0, 1000.0, 3000.0, 10000.0)  # pseudo-counts of the model's own marginal
 
 
 class RowSums:
@@ -172,7 +173,7 @@ def gradient_signals(model: PreTrainedModel, rows: list[Row]) -> dict[str, list[
 
 @torch.no_grad()
 def weight_signals(model: PreTrainedModel) -> dict[str, list[float]]:
-    """Spectrum's signal-to-noise ratio: singular values above the Marchenko-Pastur edge against those below, over the largest."""
+    """Spectrum's signal-to-noise ratio: singular values above the Marchenko-Pastur edge against the rest."""
     ratios = []
     for layer in find_stack(model).layers:
         values = []
@@ -200,11 +201,16 @@ def similarity_signals(model: PreTrainedModel, rows: list[Row]) -> dict[str, lis
         def reader(state: int, hidden_BTD: Tensor, scored: Tensor = scored) -> None:
             kept.setdefault(state, []).append(hidden_BTD[0, :-1][scored].double().cpu())
 
-        read_states(stack, input_ids=torch.tensor([ids]).to(device), attention_mask=torch.ones(1, len(ids)).long().to(device), reader=reader)
+        read_states(
+            stack,
+            input_ids=torch.tensor([ids]).to(device),
+            attention_mask=torch.ones(1, len(ids)).long().to(device),
+            reader=reader,
+        )
     states = [torch.cat(kept[s]) for s in range(stack.num_layers + 1)]
     states = [s - s.mean(0) for s in states]
     found = []
-    for x, y in zip(states, states[1:], strict=False):
+    for x, y in pairwise(states):
         found.append(1 - float((x.T @ y).pow(2).sum() / ((x.T @ x).norm() * (y.T @ y).norm())))
     return {"cka": found}
 
@@ -254,7 +260,9 @@ def main() -> None:
             seconds["gradient"] = time.monotonic() - started
             layers |= weight_signals(model) | similarity_signals(model, sample)
             found |= {"layers": layers, "seconds": seconds}
-            found["rows"] = {key: [[float(f"{x:.6g}") for x in row] for row in value.tolist()] for key, value in sums.sums.items()}
+            found["rows"] = {
+                key: [[float(f"{x:.6g}") for x in row] for row in value.tolist()] for key, value in sums.sums.items()
+            }
             file.write_text(json.dumps(found) + "\n", encoding="utf-8")
             print(file, flush=True)
 
