@@ -24,11 +24,13 @@ from axolotl_layersel.calibration import draw_rows
 from axolotl_layersel.comparison import Choice, Rule, compare_methods
 from axolotl_layersel.conflicts import names_plugin
 from axolotl_layersel.plan import Plan, read_plan
-from axolotl_layersel.readiness import place, ready_to_run
 from axolotl_layersel.stack import find_stack
 
 DOTTED_NAME = "axolotl_layersel.LayerSelPlugin"
-_SPLITTING = ("fsdp", "fsdp_config", "fsdp_version", "deepspeed", "tensor_parallel_size", "context_parallel_size")
+_SPLITTING = (
+    *("fsdp", "fsdp_config", "fsdp_version", "deepspeed"),
+    *("tensor_parallel_size", "context_parallel_size", "expert_parallel_size"),
+)
 _RESUMING = {"resume_from_checkpoint": None, "auto_resume_from_checkpoints": None}
 
 
@@ -66,7 +68,7 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
     cfg = _load(config, overrides)
     options = settings.options_of(cfg)
     dataset = load_datasets(cfg=cfg).train_dataset
-    seed = cfg.seed or 42
+    seed = settings.seed_of(cfg)
     sample = draw_rows(
         dataset,
         num_samples=options.num_samples,
