@@ -82,6 +82,15 @@ class CheckpointTrainedLayers:
             _checkpoint_off(layer.modules())
 
 
+def run_plainly(_checkpoint: Any, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands in front of what a torch checkpoint wrapper around a frozen layer runs its layer with.
+
+    A checkpoint saves the layer's input through any saved-tensor hooks even where nothing needs gradient, and TRL's
+    activation offloading then waits for a backward pass that never asks for it.
+    """
+    return layer(*args, **kwargs)
+
+
 def boundary(module: nn.Module, _args: Any, output: Any) -> Any:
     """Forward hook of the last frozen layer under reentrant checkpointing: hand on a leaf that requires grad.
 
@@ -134,7 +143,10 @@ def stop_backward(
             stand_in.enable, stand_in.told = present.enable, present.told
         vars(owner)["gradient_checkpointing_enable"] = stand_in
     _strip_input_grads(model)
-    _strip_hooks(model.modules(), lambda hook: hook is boundary)
+    _strip_additions(model)
+    for module in model.modules():
+        if hasattr(module, "checkpoint_fn") and unwrap(module) in frozen:
+            vars(module)["checkpoint_fn"] = functools.partial(run_plainly, module.checkpoint_fn)
     if reentrant:
         layers[first_trainable - 1].register_forward_hook(boundary)
     _checkpoint_again(owners[0], everywhere=False)
@@ -152,7 +164,7 @@ def restore_backward(model: nn.Module) -> None:
             del vars(owner)["gradient_checkpointing_enable"]
             if present.enable is not None:
                 vars(owner)["gradient_checkpointing_enable"] = present.enable
-    _strip_hooks(model.modules(), lambda hook: hook is boundary)
+    _strip_additions(model)
     _checkpoint_again(owners[0], everywhere=True)
     _strip_input_grads(model)  # one hook, not one more
     enable_input_require_grads: Any = owners[0].enable_input_require_grads
@@ -409,6 +421,15 @@ def _strip_input_grads(model: nn.Module) -> None:
 
 def _is_input_grad_hook(hook: Any) -> bool:
     return getattr(hook, "__name__", "") in _INPUT_GRAD_HOOKS
+
+
+def _strip_additions(model: nn.Module) -> None:
+    """Take the boundary and the wrappers' stand-ins out again."""
+    _strip_hooks(model.modules(), lambda hook: hook is boundary)
+    for module in model.modules():
+        present = vars(module).get("checkpoint_fn")
+        if isinstance(present, functools.partial) and present.func is run_plainly:
+            vars(module)["checkpoint_fn"] = present.args[0]
 
 
 def _strip_hooks(modules: Iterable[nn.Module], unwanted: Callable[[Any], bool]) -> None:
