@@ -80,3 +80,18 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
         if self.proof is not None:
             self.proof.detach()
             self.proof = None
+
+
+class NoPlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any to mypy here
+    """Stands where no layers were selected: `axolotl evaluate` makes a trainer too, and trains nothing."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop.
+
+        Raises:
+            RuntimeError: training was started without the hook that decides.
+        """
+        raise RuntimeError(
+            "layersel is listed in `plugins:`, but no layers were selected: training was not started through "
+            "axolotl.cli.train. Call axolotl.cli.train.do_train(cfg, cli_args) instead of axolotl.train.train"
+        )

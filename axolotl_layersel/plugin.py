@@ -22,7 +22,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from torch import nn
 
 from axolotl_layersel import frontier, run, settings
-from axolotl_layersel.callbacks import PlanGuard
+from axolotl_layersel.callbacks import NoPlanGuard, PlanGuard
 from axolotl_layersel.claim import release_folders
 from axolotl_layersel.conflicts import cut_is_given, names_plugin
 from axolotl_layersel.plan import Plan
@@ -112,19 +112,12 @@ class LayerSelPlugin(BasePlugin):
             run.LOG.warning("layersel: freezing saves no compute in this run: %s", " ".join(found))
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """Hold the run to its plan.
-
-        Raises:
-            RuntimeError: training was started without the hook that decides, so nobody has selected the layers.
-        """
+        """Hold the run to its plan; without one, evaluation is let through and training is not."""
         if not names_plugin(cfg) or not self._acts():
             return []
         current = self._current(cfg)
         if current is None or current.plan is None:
-            raise RuntimeError(
-                "layersel is listed in `plugins:`, but no layers were selected: training was not started through "
-                "axolotl.cli.train. Call axolotl.cli.train.do_train(cfg, cli_args) instead of axolotl.train.train"
-            )
+            return [NoPlanGuard()]
         return [
             PlanGuard(
                 current.plan,
