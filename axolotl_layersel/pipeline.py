@@ -63,7 +63,7 @@ class Scores:
     stability: dict[int, float]  # cut -> share of bootstrap resamples
     row_cuts: dict[int, int]  # cut -> number of single rows
     tokens: int  # scored tokens
-    loss: float  # cross-entropy of the model on the sample before training, nats per token
+    loss: float  # cross-entropy of softmax(W r_L) before training, nats per token; no logit scale, soft-cap or bias
     notes: tuple[str, ...] = ()  # what the user should know about this choice
 
 
@@ -175,6 +175,7 @@ def measure(
 ) -> RowStatistics:
     """Statistics of `rows[indices]` from one forward pass each; out of memory halves the batch and goes on."""
     device = next(stack.embeddings.parameters()).device
+    _check_tokens(rows, indices, num_embeddings=next(stack.embeddings.parameters()).shape[0])
     bases = semantic_bases(unembedding_weight(stack.head))
     norm = copy.deepcopy(stack.final_norm).float()  # read in float32 whatever the model's dtype
     pending = list(batches(rows, indices, batch_tokens=batch_tokens))
@@ -207,6 +208,18 @@ def measure(
         tokens += int(batch.attention_mask.sum())
         progress(sum(len(p.rows_R) for p in parts), tokens)
     return RowStatistics.merge(parts)
+
+
+def _check_tokens(rows: Sequence[Row], indices: Sequence[int], *, num_embeddings: int) -> None:
+    """A GPU would stop at such a token with an assertion that names nothing."""
+    for index in indices:
+        largest = max(*rows[index].input_ids, *rows[index].labels)
+        if largest >= num_embeddings:
+            raise ScoringError(
+                f"row {index} of the calibration sample holds the token id {largest}, and the model has "
+                f"{num_embeddings} embeddings: the tokenizer is another model's, or its added tokens are not listed in "
+                "`tokens:` or `special_tokens:`"
+            )
 
 
 def _measure_batch(
