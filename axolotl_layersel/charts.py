@@ -133,7 +133,7 @@ def trade_chart(plan: Plan) -> str:
     """What every cut keeps and costs."""
     curves = (
         ("kept", "improvement", plan.retention),
-        ("step", "step FLOPs", per_cut(plan, "step")),
+        ("step", "FLOPs", per_cut(plan, "step")),
         ("memory", "activation memory", per_cut(plan, "saved_activation_bytes")),
     )
     known = [(name, label, values) for name, label, values in curves if values is not None]
@@ -216,10 +216,12 @@ def _bar(frame: Frame, place: int, value: float, name: str, *, width: float, mor
 def _svg(plan: Plan, frame: Frame, marks: Iterable[str], *, cut_offset: float, x_label: str, about: str) -> str:
     """Axes, the movable cut, and the marks."""
     grid = []
-    for value in _ticks(frame.low, frame.high, most=6):
+    heights = _ticks(frame.low, frame.high, most=6)
+    decimals = max(0, -math.floor(math.log10(heights[1] - heights[0]) + 1e-9))
+    for value in heights:
         y = frame.y(value)
         grid.append(f'<path class="grid" d="M{LEFT} {y}L{RIGHT} {y}"/>')
-        grid.append(f'<text x="{LEFT - 6}" y="{y + 4:.2f}" text-anchor="end">{value:.3g}</text>')
+        grid.append(f'<text x="{LEFT - 6}" y="{y + 4:.2f}" text-anchor="end">{value:.{decimals}f}</text>')
     for value in _ticks(max(frame.first, 0), frame.last, most=8, whole=True):
         grid.append(f'<text x="{frame.x(value)}" y="{BOTTOM + 17}" text-anchor="middle">{value:.0f}</text>')
     zero, step = frame.x(cut_offset), frame.x(1) - frame.x(0)

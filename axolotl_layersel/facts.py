@@ -72,14 +72,18 @@ def mode_name(plan: Plan) -> str:
 
 def model_name(plan: Plan) -> str:
     """The base model; for a folder on this machine, its last part."""
-    name = printable(plan.base_model).rstrip("/")
-    return name.rsplit("/", 1)[-1] if name.startswith(("/", "./", "../", "~")) else name
+    return _without_place(plan.base_model)
 
 
 def dataset_name(plan: Plan) -> str:
-    """The data that the layers were scored on, or an empty string."""
+    """The data that the layers were scored on, or an empty string; for a file on this machine, its last part."""
     paths = (plan.sample or {}).get("datasets")
-    return ", ".join(printable(path) for path in paths) if isinstance(paths, list) else ""
+    return ", ".join(_without_place(path) for path in paths) if isinstance(paths, list) else ""
+
+
+def _without_place(path: object) -> str:
+    name = printable(path).rstrip("/")
+    return name.rsplit("/", 1)[-1] if name.startswith(("/", "./", "../", "~")) else name
 
 
 def layer_range(first: int, last: int) -> str:

@@ -161,6 +161,8 @@ def _deviation(axes: Axes, plan: Plan) -> None:
         axes.fill_between(states, low, high, color=TRAINED, alpha=0.22, linewidth=0)
     marker = "o" if plan.num_layers <= 40 else ""
     axes.plot(states, mean, color=TRAINED, linewidth=2.4, marker=marker, markersize=4.5)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom - 0.12 * (top - bottom), top)  # room for the words
     axes.set_title("Deviation from the label")
     axes.set_xlabel("latent state (0: embeddings; band: 95 %)" if stderr else "latent state (0: embeddings)")
     axes.set_ylabel(UNITS.get(str(plan.options.get("deviation")), ""))
@@ -230,7 +232,7 @@ def _trade(axes: Axes, plan: Plan) -> None:
     _ground(axes, plan, first=-0.6, cut=k, last=plan.num_layers - 0.4)
     curves = (
         (plan.retention, "improvement", TRAINED, "-"),
-        (per_cut(plan, "step"), "step FLOPs", STEP, (0, (4, 1.5))),
+        (per_cut(plan, "step"), "FLOPs", STEP, (0, (4, 1.5))),
         (per_cut(plan, "saved_activation_bytes"), "activation memory", MEMORY, (0, (1, 1))),
     )
     for values, label, colour, dashes in curves:

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import given_plan, prediction, scored_plan
 
+from axolotl_layersel.charts import charts
 from axolotl_layersel.html import _json, render, write_report
 from axolotl_layersel.plan import Plan
 
@@ -152,6 +153,26 @@ def test_a_given_cut_shows_only_what_is_known() -> None:
     assert "<figure>" not in page and "<table>" not in page and "Config" not in page.split("</style>")[1]
     with_costs = render(given_plan(prediction=prediction(num_layers=12, first_trainable=5)))
     assert with_costs.count("<figure>") == 1 and "What every cut costs" in with_costs
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data(), st.integers(1, 6))
+def test_charts_of_any_numbers_are_drawn_inside_their_frame(data: st.DataObject, num_layers: int) -> None:
+    def numbers(length: int) -> list[float]:
+        return data.draw(st.lists(st.floats(0, 20).map(lambda x: round(x, 4)), min_size=length, max_size=length))
+
+    plan = scored_plan(
+        num_layers=num_layers,
+        first_trainable=data.draw(st.integers(0, num_layers - 1)),
+        deviation={"mean": numbers(num_layers + 1), "stderr": numbers(num_layers + 1)},
+        gain=numbers(num_layers),
+    )
+    for chart in charts(plan):
+        assert "nan" not in chart and "inf" not in chart
+        places = [float(x) for x in re.findall(r' (?:x|y|cx|cy|x1|x2)="([^"]*)"', chart)]
+        assert places and all(0 <= place <= 360 for place in places)
+        labels = re.findall(r'text-anchor="end">(-?[\d.]+)<', chart)
+        assert 2 <= len(labels) == len(set(labels)), "every line of the grid has its own number"
 
 
 def test_files_are_written_whole_into_a_new_folder(tmp_path: Path) -> None:

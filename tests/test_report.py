@@ -11,7 +11,7 @@ import pytest
 from plans import given_plan, prediction, scored_plan
 from rich.console import Console
 
-from axolotl_layersel.facts import layer_range, model_name, number, per_cut, printable, shares, summary
+from axolotl_layersel.facts import dataset_name, layer_range, model_name, number, per_cut, printable, shares, summary
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.report import Progress, add_to_model_card, model_card_section, plan_text, print_plan
 
@@ -173,6 +173,7 @@ def test_a_folder_s_name_is_shown_without_its_place() -> None:
     assert model_name(given_plan()) == "HuggingFaceTB/SmolLM2-135M"
     for path in ("/home/someone/models/mine", "./mine/", "~/mine", "../mine"):
         assert model_name(scored_plan(base_model=path)) == "mine"
+        assert dataset_name(scored_plan(sample={"datasets": [path, "acme/chat"]})) == "mine, acme/chat"
 
 
 def test_progress_on_a_terminal_shows_rows_speed_and_time_left() -> None:
