@@ -15,7 +15,6 @@ ARGS     ?=
 # finds one (a `+cpu` version sorts above the plain one), and runs axolotl on the CPU.
 GPU      := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 LAUNCH    = $(VENV)/bin/accelerate launch $(if $(GPU),,--cpu) -m axolotl.cli.train
-RUN_ARGS  = $(if $(GPU),--use_cpu=false --bf16=auto)
 PY        = $(VENV)/bin/python
 DEMO      = example_configs/demo.py
 WORK      = example_configs/demo/work
@@ -47,13 +46,13 @@ $(VENV)/.installed: pyproject.toml
 demo: setup ## fine-tune a small model with LoRA on the layers that layersel chooses, end to end
 	$(PY) $(DEMO) prepare
 	rm -rf $(WORK)/lora
-	$(LAUNCH) example_configs/demo-lora.yml $(RUN_ARGS)
+	$(LAUNCH) example_configs/demo-lora.yml
 	$(PY) $(DEMO) summary $(WORK)/lora
 
 demo-qlora: setup ## the same with the model in 4 bits
 	$(PY) $(DEMO) prepare
 	rm -rf $(WORK)/qlora
-	$(LAUNCH) example_configs/demo-qlora.yml $(RUN_ARGS)
+	$(LAUNCH) example_configs/demo-qlora.yml
 	$(PY) $(DEMO) summary $(WORK)/qlora
 
 test: setup ## run the whole test suite; ARGS="-k name" picks tests
