@@ -23,11 +23,11 @@ from torch import nn
 
 from axolotl_layersel import frontier, run, settings
 from axolotl_layersel.callbacks import NoPlanGuard, PlanGuard
+from axolotl_layersel.card import add_to_model_card
 from axolotl_layersel.claim import release_folders
 from axolotl_layersel.conflicts import cut_is_given, names_plugin
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.processes import Processes, join_processes
-from axolotl_layersel.report import add_to_model_card
 from axolotl_layersel.stack import find_stack
 from axolotl_layersel.timing import StepTimer
 from axolotl_layersel.tracking import tracker_callback

@@ -1,4 +1,4 @@
-"""What a person reads about a plan in a log: the table, the sentences under it, the progress bar, the model card.
+"""What a person reads about a plan in a log: the progress bar, the table, the sentences under it.
 
 The sentences and numbers come from `facts.py`. The bars of the table turn to `#` on a terminal that has only ASCII.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 
 from rich import box
@@ -24,12 +22,11 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from axolotl_layersel.facts import SALF, dataset_name, mode_name, model_name, notes, recipe, summary
-from axolotl_layersel.plan import Plan, write_text
+from axolotl_layersel.facts import dataset_name, mode_name, model_name, notes, summary
+from axolotl_layersel.plan import Plan
 
 LOG = logging.getLogger("axolotl.integrations.layersel")
 
-CARD_BEGIN, CARD_END = "<!-- layersel -->", "<!-- /layersel -->"
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -200,62 +197,3 @@ class Progress:
 
     def _rate(self) -> float:
         return self._done[1] / max(self.clock() - self._started, 1e-9)
-
-
-def add_to_model_card(path: Path, plan: Plan) -> None:
-    """Put the section at the end of a model card, or in the place of an earlier one; no card, no change.
-
-    Raises:
-        OSError: the card cannot be read or written.
-    """
-    if not path.exists():
-        return
-    card = path.read_text(encoding="utf-8")
-    before, mark, rest = card.partition(CARD_BEGIN)
-    after = rest.partition(CARD_END)[2] if mark else ""
-    write_text(path, f"{before.rstrip()}\n\n{CARD_BEGIN}\n{model_card_section(plan)}{CARD_END}\n{after.lstrip()}")
-
-
-def model_card_section(plan: Plan) -> str:
-    """A section of Markdown for the model card: what was trained, why, the numbers of each layer, the citation."""
-    lines = {name: _escaped(text) for name, text in summary(plan).items()}
-    text = [
-        "## Layer selection",
-        "",
-        f"{_code(model_name(plan))} was trained on {lines['trained']}",
-        "",
-        f"- Cut: {lines['cut']}",
-        f"- Predicted cost: {lines['predicted']}",
-    ]
-    if plan.retention is not None and plan.gain is not None and plan.deviation is not None:
-        text += ["", "| layer | deviation | gain | kept from here | |", "|--:|--:|--:|--:|:--|"]
-        for i, (after, gain, kept) in enumerate(
-            zip(plan.deviation["mean"][1:], plan.gain, plan.retention, strict=True)
-        ):
-            state = "trained" if i >= plan.first_trainable else "frozen"
-            text.append(f"| {i} | {after:.3f} | {gain:.3f} | {kept:.3f} | {state} |")
-        text += [
-            "",
-            "Deviation: how far the state after the layer is from the semantics of the labels. Kept from here: the "
-            "predicted share of the improvement of training all layers that training from this layer on keeps. "
-            f"Measured on {_sample(plan)}.",
-        ]
-    text += ["", f"To train the same layers: `{recipe(plan)}`", "", f"The deviation follows: {SALF}"]
-    return "\n".join(text) + "\n"
-
-
-def _sample(plan: Plan) -> str:
-    sample = plan.sample or {}
-    size = f"{sample['rows']} rows with {sample['tokens']} scored tokens" if {"rows", "tokens"} <= set(sample) else ""
-    data = _code(dataset_name(plan)) if dataset_name(plan) else "the training data"
-    return f"{size} of {data}" if size else data
-
-
-def _escaped(text: str) -> str:
-    """Text that starts no markup."""
-    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", text)
-
-
-def _code(name: str) -> str:
-    """A name as inline code: it can neither end the span nor start markup."""
-    return "`" + re.sub(r"[`|<>\s]+", " ", name).strip() + "`"

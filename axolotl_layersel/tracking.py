@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from axolotl_layersel.card import model_card_section
 from axolotl_layersel.facts import COSTS, number, shares
 from axolotl_layersel.plan import PLAN_FILE, Plan
-from axolotl_layersel.report import model_card_section
 
 LOG = logging.getLogger("axolotl.integrations.layersel")
 

@@ -11,9 +11,10 @@ import pytest
 from plans import given_plan, prediction, scored_plan
 from rich.console import Console
 
+from axolotl_layersel.card import add_to_model_card, model_card_section
 from axolotl_layersel.facts import dataset_name, layer_range, model_name, number, per_cut, printable, shares, summary
 from axolotl_layersel.plan import Plan
-from axolotl_layersel.report import Progress, add_to_model_card, model_card_section, plan_text, print_plan
+from axolotl_layersel.report import Progress, plan_text, print_plan
 
 FOUR = scored_plan(num_layers=4, first_trainable=1)
 
