@@ -22,7 +22,7 @@ from axolotl_layersel import baselines, selection
 from axolotl_layersel import gain as gains
 from axolotl_layersel.baselines import BaselineError
 from axolotl_layersel.calibration import Row
-from axolotl_layersel.pipeline import measure
+from axolotl_layersel.measurement import measure
 from axolotl_layersel.stack import DecoderStack, find_stack
 from axolotl_layersel.trace import left_as_found
 

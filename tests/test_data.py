@@ -19,7 +19,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from axolotl_layersel.calibration import CalibrationError, Row, Sample, draw_rows
-from axolotl_layersel.pipeline import Scores, ScoringError, score_layers
+from axolotl_layersel.measurement import ScoringError
+from axolotl_layersel.pipeline import Scores, score_layers
 
 IGNORED = -100
 LLAMA = next(case for case in CASES if case.name == "Llama")

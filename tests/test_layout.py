@@ -16,6 +16,7 @@ ROWS = [
     {"args", "trace", "transition", "targets", "processes", "weights", "frontier"},
     {"probe"},
     {"cost"},
+    {"measurement"},
     {"pipeline"},
 ]
 

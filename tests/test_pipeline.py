@@ -12,7 +12,8 @@ from tiny import VOCABULARY, tiny_llama, tiny_llama_4bit
 from torch import nn
 
 from axolotl_layersel.calibration import Row
-from axolotl_layersel.pipeline import ScoringError, measure, score_layers
+from axolotl_layersel.measurement import ScoringError, measure
+from axolotl_layersel.pipeline import score_layers
 from axolotl_layersel.stack import StackError, find_stack, prove_stack
 from axolotl_layersel.transition import RowStatistics
 
