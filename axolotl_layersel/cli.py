@@ -59,7 +59,7 @@ def score(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
     \b
     axolotl layersel score config.yml
-    axolotl layersel score config.yml --set layersel.coverage=0.9 --set layersel.num_samples=256
+    axolotl layersel score config.yml --set layersel.coverage=0.9
     python -m axolotl_layersel score config.yml --json | jq .first_trainable
     """
     with _one_paragraph_errors(), _only_results_on_stdout():
@@ -138,15 +138,10 @@ def recipe(plan: Path, config: Path, plain: bool, output: Path | None) -> None:
     axolotl layersel recipe outputs/run config.yml --plain -o stock.yml
     """
     with _one_paragraph_errors():
-        import yaml
-
         from axolotl_layersel.plan import read_plan, write_text
-        from axolotl_layersel.recipe import recipe_text
+        from axolotl_layersel.recipe import read_config, recipe_text
 
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{config} is not an axolotl config: it holds no mapping of keys")
-        text = recipe_text(values, read_plan(plan), plain=plain)
+        text = recipe_text(read_config(config), read_plan(plan), plain=plain)
         if output is None:
             click.echo(text, nl=False)
         else:

@@ -12,6 +12,7 @@ again. Nothing here knows axolotl or torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -28,6 +29,21 @@ _NOT_SHARED = ("axolotl_config_path", "resume_from_checkpoint")  # of the machin
 
 class RecipeError(ValueError):
     """The plan and the config do not belong together, or the config cannot carry the plan's choice."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config file as it is written.
+
+    Raises:
+        RecipeError: it is not YAML, or holds no mapping of keys.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} is not an axolotl config: it holds no mapping of keys")
+    return values
 
 
 def recipe(config: Mapping[str, Any], plan: Plan, *, plain: bool = False) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from axolotl_layersel.calibration import draw_rows
 from axolotl_layersel.comparison import Choice, Rule, compare_methods
 from axolotl_layersel.conflicts import names_plugin
 from axolotl_layersel.plan import Plan, read_plan
+from axolotl_layersel.recipe import read_config
 from axolotl_layersel.stack import find_stack
 
 DOTTED_NAME = "axolotl_layersel.LayerSelPlugin"
@@ -116,9 +117,7 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
 
 def _load(config: Path, overrides: Mapping[str, Any]) -> Any:
     """The validated config, with the plugin, for one process, and without a cut."""
-    written = yaml.safe_load(config.read_text(encoding="utf-8"))
-    if not isinstance(written, dict):
-        raise ValueError(f"{config} holds {type(written).__name__}; allowed is an axolotl config, a mapping of keys")
+    written = read_config(config)
     changes: dict[str, Any] = {key: None for key in (*_SPLITTING, *_RESUMING) if written.get(key) is not None}
     if not names_plugin(written):
         changes["plugins"] = [*(written.get("plugins") or []), DOTTED_NAME]
