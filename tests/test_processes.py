@@ -10,6 +10,7 @@ import pytest
 from accelerate import PartialState
 from axolotl_runs import BIN, free_port, on_several, plan_of, start, train, write_config
 
+from axolotl_layersel.conflicts import find_conflicts
 from axolotl_layersel.processes import Processes, join_processes
 
 HERE = Path(__file__).parent
@@ -71,6 +72,54 @@ def test_processes_that_accelerate_has_not_joined_are_refused(monkeypatch: pytes
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="WORLD_SIZE is 2, but accelerate has joined 1 of them"):
         join_processes(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes saw of models that torch's FSDP2 shards over them."""
+    out = tmp_path_factory.mktemp("sharded")
+    torchrun = [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}"]
+    start([*torchrun, str(HERE / "fsdp_script.py"), str(out)], out / "log", cwd=HERE).finish(timeout=120).check()
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_given_cut_holds_under_fsdp2(sharded: list[dict[str, Any]], mode: str) -> None:
+    """The backward pass was proved to stop at the cut; frozen shards keep their bits, trained ones those of one model."""
+    for seen in (process[mode] for process in sharded):
+        assert seen["sharded"]
+        assert seen["expected_trained"]
+        assert seen["gradients_below_the_cut"] == []
+        assert seen["frozen"] > 20
+        assert seen["frozen_unchanged"]
+        assert seen["losses"] == pytest.approx(seen["reference"], abs=1e-5)
+        assert seen["largest_difference"] < 1e-5
+        assert seen["losses"][-1] < seen["losses"][0]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, "FSDP shards the model"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "DeepSpeed ZeRO-3 partitions the model"),
+        ({"tensor_parallel_size": 2}, "`tensor_parallel_size: 2` splits the model"),
+    ],
+)
+def test_sharded_scoring_is_refused_with_the_command_that_scores(config: dict[str, Any], reason: str) -> None:
+    base = {"plugins": ["layersel"], "axolotl_config_path": "my.yml", "output_dir": "./out", **config}
+    (conflict,) = find_conflicts(base)
+    assert conflict.startswith(reason)
+    assert "`axolotl layersel score my.yml`" in conflict
+    assert "`layersel: {plan: ./out/layersel/plan.json}`" in conflict
+    assert find_conflicts({**base, "layersel": {"first_layer": 3}}) == []
+    assert find_conflicts({**base, "layersel": {"plan": "./out/layersel/plan.json"}}) == []
+
+
+def test_zero_3_is_found_in_the_file_that_the_config_names(tmp_path: Path) -> None:
+    for stage, found in ((2, 0), (3, 1)):
+        path = tmp_path / "deepspeed.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        assert len(find_conflicts({"plugins": ["layersel"], "deepspeed": str(path)})) == found
 
 
 def test_axolotl_trains_on_two_processes_with_the_plan_of_one(
