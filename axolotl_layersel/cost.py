@@ -152,7 +152,7 @@ def price_cuts(probe: StackProbe, *, mode: Mode, shape: StepShape) -> list[CutCo
 def step_cost(probe: StackProbe, *, mode: Mode, shape: StepShape, first_trainable: int) -> StepCost:
     """FLOPs and bytes of one step that trains layers k..L-1. k = 0 stops nothing, so gradients reach the embeddings."""
     through = first_trainable == 0 or not mode.stop_backward
-    forward = backward = saved = 0.0
+    forward = backward = saved = shared = 0.0
     parameters = 0
     for index, layer in enumerate(probe.layers):
         trained = index >= first_trainable
@@ -168,9 +168,8 @@ def step_cost(probe: StackProbe, *, mode: Mode, shape: StepShape, first_trainabl
             saved += layer.input_bytes * shape.batch * shape.positions
         else:
             saved += layer.passes[case].saved.at(batch=shape.batch, positions=shape.positions)
-    if not mode.checkpointing:
-        saved += probe.shared.at(batch=1, positions=shape.positions)
-    saved += probe.head.saved.at(batch=shape.batch, positions=shape.positions)
+            shared = max(shared, layer.passes[case].shared.at(batch=1, positions=shape.positions))
+    saved += shared + probe.head.saved.at(batch=shape.batch, positions=shape.positions)
     head_forward, head_backward = head_flops(probe.head, mode=mode, shape=shape)
     parameters += probe.head.parameters if mode.train_norm_and_head else 0
     return StepCost(

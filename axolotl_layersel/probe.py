@@ -72,7 +72,7 @@ class Attention:
     query_size: int  # of a head
     value_size: int  # of a head
     backward: bool  # the backward pass goes through it
-    recomputes: bool  # the scores are computed again in backward, as nothing was kept that grows with their number
+    recomputes: bool  # the scores are computed again in backward, as they were not kept
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class LayerPass:
     products: tuple[Product, ...]
     attention: tuple[Attention, ...]
     saved: Growth  # kept for backward: no parameters, nothing that all layers share
+    shared: Growth  # kept once for all layers and rows, such as rotary embeddings
     unrepeated: Product | None  # non-reentrant checkpointing leaves it out: nothing after it is kept
 
 
@@ -110,7 +111,6 @@ class StackProbe:
 
     layers: tuple[LayerProbe, ...]  # decoder layers 0..L-1; layers of one kind are one object
     head: HeadProbe
-    shared: Growth  # kept once for all layers and rows, such as rotary embeddings
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,10 @@ def probe_stack(
             parameters=sum(parameter.numel() for parameter in layer.parameters()),
             input_bytes=calls[i].state.nbytes / lengths[-1],
         )
-    shared = [max(sum(lengths[n].saved.shared_bytes.values()) for lengths in runs.values()) for n in range(3)]
     hidden, vocabulary = linear_shape(stack.head)
     parameters = sum(p.numel() for part in (stack.final_norm, stack.head) for p in part.parameters())
     head = HeadProbe(hidden=hidden, vocabulary=vocabulary, parameters=parameters, saved=_fit(head_bytes, unit))
-    return StackProbe(layers=tuple(probes[kind] for kind in kinds), head=head, shared=_fit(shared, unit))
+    return StackProbe(layers=tuple(probes[kind] for kind in kinds), head=head)
 
 
 def _kind(stack: DecoderStack, index: int, config: Any, matrices: Sequence[Matrix]) -> tuple[Any, ...]:
@@ -364,12 +363,17 @@ def _layer_pass(runs: Sequence[_Run], unit: int, config: Any) -> LayerPass:
         if one.linear and longest.order[-1] in members and longest.kept_by_last == longest.saved.tensors:
             unrepeated = product
     saved = _fit([run.kept_bytes() for run in runs], unit)
-    attention = tuple(_attention(longest, config, recomputes=saved.per_pair == 0))
-    return LayerPass(products=tuple(products), attention=attention, saved=saved, unrepeated=unrepeated)
+    attention = tuple(_attention(longest, config, kept=saved.per_pair / longest.state.element_size()))
+    shared = _fit([sum(run.saved.shared_bytes.values()) for run in runs], unit)
+    return LayerPass(tuple(products), attention, saved=saved, shared=shared, unrepeated=unrepeated)
 
 
-def _attention(run: _Run, config: Any, *, recomputes: bool) -> Iterator[Attention]:
-    """Softmax attentions are the modules that say whether they are causal, as fused kernels want to know."""
+def _attention(run: _Run, config: Any, *, kept: float) -> Iterator[Attention]:
+    """Softmax attentions are the modules that say whether they are causal, as fused kernels want to know.
+
+    Args:
+        kept: numbers that are kept for each pair of positions: less than one a head is a mask, not the scores.
+    """
     found: list[str] = []
     for name, module in run.layer.named_modules():
         if not hasattr(module, "is_causal") or any(name.startswith(f"{outer}.") for outer in found):
@@ -383,7 +387,7 @@ def _attention(run: _Run, config: Any, *, recomputes: bool) -> Iterator[Attentio
             query_size=getattr(module, "qk_head_dim", None) or size,
             value_size=getattr(module, "v_head_dim", None) or size,
             backward=bool(run.input_grad[inside[-1]]) if inside else run.case != "first",
-            recomputes=recomputes,
+            recomputes=kept < heads,
         )
 
 
