@@ -130,9 +130,6 @@ class Plan:
                 )
 
 
-_NUMBER = (int, float)
-
-
 def _check_types(values: dict[str, Any], source: str) -> None:
     """Types and lengths of what a plan carries: a file may have been edited by hand."""
 
@@ -156,6 +153,10 @@ def _check_types(values: dict[str, Any], source: str) -> None:
     for name in ("deviation", "stability", "row_cuts", "prediction", "sample"):
         if not isinstance(values.get(name), dict | None):
             refuse(name, "a mapping or null")
+    for name in ("stability", "row_cuts"):
+        cuts = values.get(name) or {}
+        if not all(cut.isdecimal() and _finite(share) for cut, share in cuts.items()):
+            refuse(name, "a number for each cut")
     for name, numbers in (values.get("deviation") or {}).items():
         if not _numbers(numbers, values["num_layers"] + 1):
             raise PlanError(f"{source}: deviation {name} is not {values['num_layers'] + 1} finite numbers. Score again")
@@ -165,8 +166,12 @@ def _numbers(values: Any, length: int) -> bool:
     return (
         isinstance(values, list)
         and len(values) == length
-        and all(isinstance(v, _NUMBER) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+        and all(_finite(value) for value in values)
     )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def write_text(path: Path, text: str) -> None:

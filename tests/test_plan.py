@@ -79,6 +79,8 @@ def test_a_plan_is_found_in_a_run_s_folder_and_in_a_checkpoint(tmp_path: Path) -
         (_edited(retention=[float("nan")] * 3), "retention is .*; allowed is 3 finite numbers"),
         (_edited(deviation={"mean": [0.1]}), "deviation mean is not 4 finite numbers"),
         (_edited(config_updates=["x"]), "config_updates is .*; allowed is a mapping"),
+        (_edited(stability={"one": 0.5}), "stability is .*; allowed is a number for each cut"),
+        (_edited(row_cuts={"1": "many"}), "row_cuts is .*; allowed is a number for each cut"),
         (_edited(surprise=1), "unknown keys .'surprise'."),
         (json.dumps({"schema_version": 1}), "lacks the keys"),
     ],
