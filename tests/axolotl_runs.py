@@ -189,7 +189,7 @@ class Finished:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """One thread, no network, no telemetry; `changes` on top."""
+    """One thread, no network, no telemetry, the plugins of the tests at hand; `changes` on top."""
     quiet = {
         "OMP_NUM_THREADS": "1",
         "AXOLOTL_DO_NOT_TRACK": "1",
@@ -199,6 +199,7 @@ def environment(**changes: str) -> dict[str, str]:
         "WANDB_MODE": "offline",
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(Path(__file__).parent),  # axolotl_test_plugins
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     return {**os.environ, **quiet, **changes}
@@ -299,7 +300,7 @@ def train(
 ) -> Finished:
     """Train to the end, or to the error."""
     command = train_command(config, *args, launcher=launcher, processes=processes)
-    env = {**(several_environment() if processes > 1 else {}), **(env or {})}
+    env = {**({"ACCELERATE_USE_CPU": "true"} if processes > 1 else {}), **(env or {})}
     return start(command, config.parent / f"{config.stem}.log", env=env, cwd=cwd).finish(timeout=timeout)
 
 
@@ -310,13 +311,8 @@ def axolotl(*args: str, log: Path, timeout: float = 180, env: Mapping[str, str] 
 
 
 def on_several(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides for `write_config` that let several processes train on the CPU; see `cpu_processes.py`."""
-    return {**config, "plugins": ["cpu_processes.CpuProcesses", *config.get("plugins", ["layersel"])]}
-
-
-def several_environment() -> dict[str, str]:
-    """What several processes on the CPU need to be told."""
-    return {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parent)}
+    """Overrides for `write_config` that let several processes train on the CPU; see `axolotl_test_plugins.py`."""
+    return {**config, "plugins": ["axolotl_test_plugins.CpuProcesses", *config.get("plugins", ["layersel"])]}
 
 
 def free_port() -> int:

@@ -12,7 +12,13 @@ for _name in ("AXOLOTL_DO_NOT_TRACK", "DO_NOT_TRACK", "HF_HUB_OFFLINE", "HF_DATA
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-UNINTERRUPTED = {"layersel": {"num_samples": 13}, "max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+UNINTERRUPTED = {
+    "plugins": ["axolotl_test_plugins.FixedSeed", "layersel"],
+    "layersel": {"num_samples": 13},
+    "max_steps": 8,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Run by `test_processes.py` in two real processes: FSDP2 of torch itself, on the CPU, with a given cut.
 
-accelerate makes FSDP of nothing but accelerators, so axolotl cannot shard on the CPU; the sharding here is what it calls.
+accelerate uses FSDP on accelerators alone, so axolotl cannot shard on the CPU; the sharding here is what it calls.
 Every process writes what it saw to `OUT/<rank>.json`.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -49,12 +50,20 @@ def test_stock_axolotl_does_not_notice_that_the_package_is_installed(
     tmp_path: Path, run_inputs: dict[str, Path]
 ) -> None:
     """Two runs without the plugin, with the start-up alias and without: equal to the last bit, config dump included."""
-    options = {**UNINTERRUPTED, "plugins": None, "layersel": None, "max_steps": 2}
+    options = {**UNINTERRUPTED, "plugins": ["axolotl_test_plugins.FixedSeed"], "layersel": None, "max_steps": 2}
     config = write_config(tmp_path, **run_inputs, **options)
     site_packages = sysconfig.get_paths()["purelib"]
+    tests = str(Path(__file__).parent)
     repository = str(Path(__file__).parent.parent)
-    _, one = _trained(tmp_path, [sys.executable, "-c", WITH_ALIAS], config, {"PYTHONPATH": repository})
-    _, other = _trained(tmp_path, [sys.executable, "-S", "-c", WITHOUT_ALIAS], config, {"PYTHONPATH": site_packages})
+    _, one = _trained(
+        tmp_path, [sys.executable, "-c", WITH_ALIAS], config, {"PYTHONPATH": f"{tests}{os.pathsep}{repository}"}
+    )
+    _, other = _trained(
+        tmp_path,
+        [sys.executable, "-S", "-c", WITHOUT_ALIAS],
+        config,
+        {"PYTHONPATH": f"{tests}{os.pathsep}{site_packages}"},
+    )
     with_alias, without_alias = _left_behind(one), _left_behind(other)
     assert with_alias == without_alias
     assert '"base_model"' in with_alias["debug.log"]

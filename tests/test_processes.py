@@ -85,7 +85,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_a_given_cut_holds_under_fsdp2(sharded: list[dict[str, Any]], mode: str) -> None:
-    """The backward pass was proved to stop at the cut; frozen shards keep their bits, trained ones those of one model."""
+    """The backward pass was proved to stop at the cut; frozen shards keep their bits, trained ones equal one model."""
     for seen in (process[mode] for process in sharded):
         assert seen["sharded"]
         assert seen["expected_trained"]
