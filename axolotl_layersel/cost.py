@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-from axolotl_layersel.probe import Attention, Case, HeadProbe, LayerProbe, Product, StackProbe, probe_stack
+from axolotl_layersel.probe import Attention, HeadProbe, LayerProbe, Product, StackProbe, probe_stack
 from axolotl_layersel.stack import DecoderStack
+from axolotl_layersel.watch import Case
 
 HEAD_SHARE_TOLD = 0.2  # from this share of a step on, `explain` says that the unembedding bounds the saving
 

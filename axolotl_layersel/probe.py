@@ -1,37 +1,28 @@
 """What a decoder layer does in a training step: its matrix products, which gradients they need, what it saves.
 
-Names of modules say little across model families, so nothing here is derived from them. One layer of each kind runs
-forward on a few positions, as it would in training, in each of the cases that a cut can put it in:
+One layer of each kind runs forward on a few positions (`watch.py`), in each of the cases that a cut can put it in:
 
 - `trained`: it is trained, and its input needs gradient.
 - `first`: it is trained, and its input needs none; autograd then skips some products of the backward pass.
 - `passed`: it is frozen, but gradients flow through it, as they do where the backward pass is not stopped.
 
-Autograd itself tells which products need a gradient towards their input, and which tensors it keeps. Adapters do not
-exist yet when a cut is chosen, so LoRA's two small products are put behind the targeted modules for the occasion.
-`cost.py` turns a probe into FLOPs and bytes; the model is left as found, and no parameter is copied.
+Adapters do not exist yet; the model is left as found. `cost.py` turns a probe into FLOPs and bytes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
 
-from axolotl_layersel.stack import DecoderStack, first_tensor, unwrap
+from axolotl_layersel.stack import DecoderStack, unwrap
 from axolotl_layersel.trace import left_as_found
+from axolotl_layersel.watch import CASES, Case, Run, capture, head_bytes
 from axolotl_layersel.weights import Matrix, linear_shape, with_adapters
-
-Case = Literal["trained", "first", "passed"]
-CASES: tuple[Case, ...] = ("trained", "first", "passed")
 
 _LENGTH = 64  # the chunk size of linear attention; one, two and three times this length fix a quadratic
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k")
@@ -113,15 +104,6 @@ class StackProbe:
     head: HeadProbe
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What the model handed to a layer."""
-
-    state: Tensor  # (1, T, D)
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 def probe_stack(
     stack: DecoderStack,
     *,
@@ -150,18 +132,18 @@ def probe_stack(
     matrices = with_adapters(stack, rank=rank, target_modules=target_modules, target_parameters=target_parameters)
     kinds = [_kind(stack, i, config, matrices[i]) for i in range(stack.num_layers)]
     chosen = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
-    runs: dict[tuple[int, Case], list[_Run]] = {(i, case): [] for i in chosen.values() for case in CASES}
-    head_bytes: list[float] = []
+    runs: dict[tuple[int, Case], list[Run]] = {(i, case): [] for i in chosen.values() for case in CASES}
+    read_out: list[float] = []
     unit = min(_LENGTH, (getattr(config, "max_position_embeddings", None) or 3 * _LENGTH) // 3)
     lengths = (unit, 2 * unit, 3 * unit)
     with left_as_found(stack.backbone, autocast=autocast):
         for length in lengths:
-            calls = _capture(stack, chosen.values(), length)
+            calls = capture(stack, chosen.values(), length)
             for index, case in runs:
-                run = _Run(unwrap(stack.layers[index]), matrices[index], calls[index], case=case)
+                run = Run(unwrap(stack.layers[index]), matrices[index], calls[index], case=case)
                 run.go(full=not rank, dropout=dropout)
                 runs[index, case].append(run)
-            head_bytes.append(_head_bytes(stack, config, calls[0].state, train_head=train_head))
+            read_out.append(head_bytes(stack, config, calls[0].state, train_head=train_head))
     probes = {}
     for kind, i in chosen.items():
         layer = unwrap(stack.layers[i])
@@ -172,7 +154,7 @@ def probe_stack(
         )
     hidden, vocabulary = linear_shape(stack.head)
     parameters = sum(p.numel() for part in (stack.final_norm, stack.head) for p in part.parameters())
-    head = HeadProbe(hidden=hidden, vocabulary=vocabulary, parameters=parameters, saved=_fit(head_bytes, unit))
+    head = HeadProbe(hidden=hidden, vocabulary=vocabulary, parameters=parameters, saved=_fit(read_out, unit))
     return StackProbe(layers=tuple(probes[kind] for kind in kinds), head=head)
 
 
@@ -184,155 +166,7 @@ def _kind(stack: DecoderStack, index: int, config: Any, matrices: Sequence[Matri
     return type(layer), types[index], shapes, tuple(matrix.rank for matrix in matrices)
 
 
-class _AllSeen(Exception):
-    """Ends a forward pass early; no error."""
-
-
-def _capture(stack: DecoderStack, indices: Collection[int], length: int) -> dict[int, _Call]:
-    """What the model hands to layers `indices` in a forward pass over `length` positions; it ends at the last."""
-    calls: dict[int, _Call] = {}
-    handles = []
-
-    def note(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[index] = _Call(first_tensor(args if args else kwargs.get("hidden_states")), args, dict(kwargs))
-            if len(calls) == len(indices):
-                raise _AllSeen
-
-        return hook
-
-    weight = stack.embeddings.get_parameter("weight")
-    ids = (torch.arange(length, device=weight.device) * 31 % weight.shape[0])[None]
-    try:
-        for index in indices:
-            handles.append(stack.layers[index].register_forward_pre_hook(note(index), with_kwargs=True))
-        with suppress(_AllSeen):
-            stack.backbone(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if missing := sorted(set(indices) - set(calls)):
-        raise ValueError(f"decoder layers {missing} did not run; costs are predicted for a model that runs all of them")
-    return calls
-
-
-class _Saved:
-    """The storages that autograd keeps for backward while the hooks are on."""
-
-    def __init__(self, *, ours: Iterable[Tensor], shared: Iterable[Tensor] = ()) -> None:
-        self._ours = {_storage(tensor) for tensor in ours}  # parameters: there anyway
-        self._shared = {_storage(tensor) for tensor in shared}
-        self._alive: list[Tensor] = []  # a freed storage would give its address to another
-        self.bytes: dict[int, int] = {}
-        self.shared_bytes: dict[int, int] = {}
-        self.tensors = 0
-
-    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        self.tensors += 1
-        key = _storage(tensor)
-        if key not in self._ours:
-            (self.shared_bytes if key in self._shared else self.bytes)[key] = tensor.untyped_storage().nbytes()
-            self._alive.append(tensor.detach())
-        return tensor
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-class _Run:
-    """One forward pass of one layer in one case, watched."""
-
-    def __init__(self, layer: nn.Module, matrices: Sequence[Matrix], call: _Call, *, case: Case) -> None:
-        self.layer, self.matrices, self.call, self.case = layer, matrices, call, case
-        self.state = call.state
-        self.rows = [0.0] * len(matrices)  # of the inputs, for each position
-        self.input_grad: list[bool | None] = [None] * len(matrices)
-        self.order: list[int] = []
-        self.kept_by_last = 0  # tensors that autograd kept until the last product was done
-
-    def go(self, *, full: bool, dropout: float) -> None:
-        """Run; with `full` all parameters of a trained layer are trained, otherwise adapters."""
-        trained = self.case != "passed"
-        state = self.state.detach().requires_grad_(self.case != "first")
-        pairs = {i: _adapter(m, state.device) for i, m in enumerate(self.matrices) if m.linear and m.rank and trained}
-        ours = [*self.layer.parameters(), *self.layer.buffers(), *(t for pair in pairs.values() for t in pair)]
-        given = [t for t in pytree.tree_leaves((self.call.args, self.call.kwargs)) if isinstance(t, Tensor)]
-        self.saved = _Saved(ours=ours, shared=[t for t in given if t is not self.state])
-        handles = []
-        try:
-            for i, matrix in enumerate(self.matrices):
-                if i in pairs:
-                    handles.append(matrix.module.register_forward_hook(_adapt(*pairs[i], dropout=dropout)))
-                handles.append(matrix.module.register_forward_hook(self._watch(i), with_kwargs=True))
-            call = (self.call.args, self.call.kwargs)
-            args, kwargs = pytree.tree_map(lambda item: state if item is self.state else item, call)
-            stacked = [m.stacked for m in self.matrices if m.stacked is not None and (full or m.rank)]
-            learnt = [*self.layer.parameters()] if full else stacked
-            with _in_training(self.layer, learnt if trained else []), self.saved.hooks():
-                self.layer(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def kept_bytes(self) -> float:
-        """Kept for backward, with the sums of weights and adapters that PEFT makes of stacked tensors."""
-        stacked = [m.stacked for m in self.matrices if m.stacked is not None and m.rank and self.case != "passed"]
-        return float(sum(self.saved.bytes.values()) + sum(tensor.nbytes for tensor in stacked))
-
-    def _watch(self, index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-            entering = first_tensor([*args, *kwargs.values()])
-            self.rows[index] += entering.numel() / entering.shape[-1] / self.state.shape[-2]
-            self.input_grad[index] = bool(self.input_grad[index]) or entering.requires_grad
-            self.order.append(index)
-            self.kept_by_last = self.saved.tensors
-
-        return hook
-
-
-def _adapter(matrix: Matrix, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
-    """LoRA's A (rank, inputs) and B (outputs, rank), in float32 as PEFT keeps them beside half precision."""
-    down = torch.zeros(matrix.rank, matrix.inputs, device=device)
-    return nn.Parameter(down), nn.Parameter(torch.zeros(matrix.outputs, matrix.rank, device=device))
-
-
-def _adapt(down: nn.Parameter, up: nn.Parameter, *, dropout: float) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        entering = F.dropout(args[0].to(down.dtype), dropout) if dropout else args[0].to(down.dtype)
-        return (output + F.linear(F.linear(entering, down), up) * 2.0).to(output.dtype)
-
-    return hook
-
-
-@contextmanager
-def _in_training(module: nn.Module, learnt: Iterable[Tensor]) -> Iterator[None]:
-    """With gradients and dropout, without checkpointing; afterwards as found."""
-    modes = [(part, part.training) for part in module.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    checkpointed = [part for part in module.modules() if vars(part).get("gradient_checkpointing")]
-    try:
-        module.train()
-        module.requires_grad_(False)
-        for parameter in learnt:
-            parameter.requires_grad_(parameter.is_floating_point())
-        for part in checkpointed:
-            vars(part)["gradient_checkpointing"] = False
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for part, mode in modes:
-            part.training = mode
-        for part in checkpointed:
-            vars(part)["gradient_checkpointing"] = True
-
-
-def _layer_pass(runs: Sequence[_Run], unit: int, config: Any) -> LayerPass:
+def _layer_pass(runs: Sequence[Run], unit: int, config: Any) -> LayerPass:
     longest = runs[-1]  # reaches the most experts
     experts = float(next((getattr(config, name) for name in _TOP_K if getattr(config, name, None)), 1))
     grouped: dict[tuple[str, int, int], list[int]] = {}
@@ -368,7 +202,7 @@ def _layer_pass(runs: Sequence[_Run], unit: int, config: Any) -> LayerPass:
     return LayerPass(tuple(products), attention, saved=saved, shared=shared, unrepeated=unrepeated)
 
 
-def _attention(run: _Run, config: Any, *, kept: float) -> Iterator[Attention]:
+def _attention(run: Run, config: Any, *, kept: float) -> Iterator[Attention]:
     """Softmax attentions are the modules that say whether they are causal, as fused kernels want to know.
 
     Args:
@@ -389,22 +223,6 @@ def _attention(run: _Run, config: Any, *, kept: float) -> Iterator[Attention]:
             backward=bool(run.input_grad[inside[-1]]) if inside else run.case != "first",
             recomputes=kept < heads,
         )
-
-
-def _head_bytes(stack: DecoderStack, config: Any, state: Tensor, *, train_head: bool) -> float:
-    """What norm, unembedding and cross-entropy keep for the states of one short row."""
-    saved = _Saved(ours=[p for part in (stack.final_norm, stack.head) for p in part.parameters()])
-    cap = getattr(config, "final_logit_softcapping", None)
-    with (
-        _in_training(stack.final_norm, stack.final_norm.parameters() if train_head else ()),
-        _in_training(stack.head, stack.head.parameters() if train_head else ()),
-        saved.hooks(),
-    ):
-        logits_NV = stack.head(stack.final_norm(state.detach().requires_grad_(True)))[0].float()
-        if cap:
-            logits_NV = torch.tanh(logits_NV / cap) * cap
-        F.cross_entropy(logits_NV, torch.zeros(len(logits_NV), dtype=torch.long, device=logits_NV.device))
-    return float(sum(saved.bytes.values()))
 
 
 def _fit(sizes: Sequence[float], unit: int) -> Growth:

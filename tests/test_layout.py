@@ -9,16 +9,7 @@ import axolotl_layersel
 
 PACKAGE = Path(axolotl_layersel.__file__).parent
 KNOWS_AXOLOTL = {"plugin", "run", "readiness", "standalone", "cli", "_startup"}
-# Rows of the layout: a module imports only from rows above its own.
-ROWS = [
-    {"__init__", "_startup"},
-    {"conflicts", "stack", "plan", "selection", "gain", "semantics", "calibration"},
-    {"args", "trace", "transition", "targets", "processes", "weights", "frontier"},
-    {"probe"},
-    {"cost"},
-    {"measurement"},
-    {"pipeline"},
-]
+METHOD = {"calibration", "gain", "measurement", "selection", "semantics", "stack", "trace", "transition"}
 
 
 def _modules() -> dict[str, ast.Module]:
@@ -42,26 +33,32 @@ def test_only_the_glue_knows_axolotl() -> None:
     assert "plugin" in knowing
 
 
-def test_imports_point_one_way() -> None:
-    """No cycle: the modules can be ordered so that each imports only earlier ones."""
+def _needs() -> dict[str, set[str]]:
+    """Which modules of the package each one imports."""
+    modules = _modules()
     needs = {
-        name: {i.split(".")[1] for i in _imports(tree) if i.startswith("axolotl_layersel.")} & set(_modules())
-        for name, tree in _modules().items()
+        name: {i.split(".")[1] for i in _imports(tree) if i.startswith("axolotl_layersel.")} & set(modules)
+        for name, tree in modules.items()
     }
     needs["__init__"] -= {"plugin"}  # resolved on first use, and for type checkers
+    return needs
+
+
+def test_imports_point_one_way() -> None:
+    """No cycle: the modules can be ordered so that each imports only earlier ones."""
+    needs = _needs()
     placed: set[str] = set()
     while ready := {n for n, wanted in needs.items() if n not in placed and wanted <= placed}:
         placed |= ready
     assert placed == set(needs), f"in a cycle: {sorted(set(needs) - placed)}"
 
 
-def test_the_core_s_rows_import_only_from_rows_above() -> None:
-    above: set[str] = set()
-    for row in ROWS:
-        for name in row:
-            wanted = {i.split(".")[1] for i in _imports(_modules()[name]) if i.startswith("axolotl_layersel.")}
-            assert (wanted & set(_modules())) - {"plugin"} <= above, name
-        above |= row
+def test_the_method_needs_nothing_but_itself() -> None:
+    """What `pipeline.py` reaches, over any number of imports, is the method: no plan, no report, no glue."""
+    needs, reached = _needs(), {"pipeline"}
+    while further := set().union(*(needs[n] for n in reached)) - reached:
+        reached |= further
+    assert reached - {"pipeline"} == METHOD
 
 
 def test_the_core_imports_with_axolotl_blocked() -> None:
