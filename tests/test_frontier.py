@@ -61,6 +61,15 @@ CHECKPOINTING: dict[str, dict[str, Any] | None] = {
 IN_SUFFIX = tuple(f"model.layers.{index}." for index in range(CUT, NUM_LAYERS))
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than these matrices."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def in_suffix(name: str) -> bool:
     return name.startswith((*IN_SUFFIX, "model.norm.", "lm_head."))
 
