@@ -22,6 +22,7 @@ WITHOUT_ALIAS = f"import sys; assert not any('Alias' in type(f).__name__ for f i
 
 def _trained(folder: Path, python: list[str], config: Path, env: dict[str, str]) -> tuple[Finished, Path]:
     """A run into `folder/out`, which is then moved away, so that the next one has the same paths."""
+    env = {**env, "PYTHONHASHSEED": "0"}  # the order of a set of target modules, in adapter_config.json
     run = start([*python, "axolotl", str(config)], folder / "log", env=env).finish().check()
     kept = folder / f"out of {len(list(folder.iterdir()))}"
     (folder / "out").rename(kept)
