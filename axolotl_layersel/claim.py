@@ -63,12 +63,14 @@ def check_writable(folder: Path) -> None:
     """
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(_ROOM))
-        file.flush()
-        os.fsync(file.fileno())
-    if not existed:
-        folder.rmdir()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_ROOM))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        if not existed:
+            folder.rmdir()
 
 
 def release_folders() -> None:
