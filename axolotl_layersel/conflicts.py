@@ -72,9 +72,8 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield "`peft_layer_replication` repeats layers, so layer indices mean something else: remove it."
     if cfg.get("reward_model") or cfg.get("process_reward_model"):
         yield "reward models have no labels in the vocabulary, so no semantics to score: remove the plugin."
-    if cfg.get("rl") and not (cut_is_given(cfg) and cfg["rl"] in _RL_WITH_CUT):
-        given = f"; with a cut it trains {', '.join(_RL_WITH_CUT)}: {_GIVE_CUT}"
-        yield f"`rl: {cfg['rl']}` cannot be scored{given if cfg['rl'] in _RL_WITH_CUT else ', nor trained with a cut'}."
+    if cfg.get("rl") and cfg["rl"] not in SCORED_RL:
+        yield f"`rl: {cfg['rl']}` cannot be scored, nor trained with a cut; allowed are {', '.join(SCORED_RL)}."
     if cfg.get("activation_offloading") in ("legacy", "disk"):
         yield (
             f"`activation_offloading: {cfg['activation_offloading']}` checkpoints every layer whatever it is told: "
@@ -91,7 +90,7 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-_RL_WITH_CUT = ("dpo", "ipo", "orpo", "simpo", "kto")
+SCORED_RL = ("dpo", "ipo", "orpo", "simpo", "kto")  # scored on chosen and desirable completions (`preference.py`)
 
 
 def sharded(cfg: Mapping[str, Any]) -> str | None:

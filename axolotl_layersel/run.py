@@ -30,6 +30,7 @@ from axolotl_layersel.forecast import mode_of, predict
 from axolotl_layersel.html import write_report
 from axolotl_layersel.pipeline import score_layers
 from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
+from axolotl_layersel.preference import PreferenceRows
 from axolotl_layersel.processes import Processes
 from axolotl_layersel.readiness import check_whole, place, ready_to_run
 from axolotl_layersel.recipe import RECIPE_FILE, recipe_text
@@ -147,6 +148,9 @@ def _scored_plan(
 ) -> Plan:
     """Score on the prepared training set with the model that will be trained."""
     started = time.perf_counter()
+    if cfg.rl:
+        tokenizer = load_tokenizer(cfg)
+        dataset = PreferenceRows(dataset, rl=cfg.rl, tokenizer=tokenizer, max_length=cfg.sequence_len)
     sample = draw_rows(
         dataset,
         num_samples=options.num_samples,
