@@ -75,15 +75,16 @@ def test_stock_axolotl_does_not_notice_that_the_package_is_installed(
 OTHER_COMMANDS = """
 import io, os, sys
 from axolotl.cli import evaluate, inference, merge_lora, preprocess
-config, commands = sys.argv[1], sys.argv[2:]
-sys.argv = sys.argv[:1]
-for command in commands:
-    print("BEGIN", command, flush=True)
-    sys.stdin = io.StringIO("Add 1 and 2.")
-    modules = {"preprocess": preprocess, "evaluate": evaluate, "merge_lora": merge_lora, "inference": inference}
-    modules[command].do_cli(config)
-    os.environ.pop("AXOLOTL_IS_PREPROCESS", None)
-print("END", flush=True)
+if __name__ == "__main__":  # workers that tokenise import this file
+    config, commands = sys.argv[1], sys.argv[2:]
+    sys.argv = sys.argv[:1]
+    for command in commands:
+        print("BEGIN", command, flush=True)
+        sys.stdin = io.StringIO("Add 1 and 2.")
+        modules = {"preprocess": preprocess, "evaluate": evaluate, "merge_lora": merge_lora, "inference": inference}
+        modules[command].do_cli(config)
+        os.environ.pop("AXOLOTL_IS_PREPROCESS", None)
+    print("END", flush=True)
 """
 
 
