@@ -143,21 +143,27 @@ def _identity(cfg: Any) -> dict[str, Any]:
     }
 
 
-def _scored_plan(
-    cfg: Any, options: LayerSelOptions, model: nn.Module, stack: DecoderStack, dataset: Any, processes: Processes
-) -> Plan:
-    """Score on the prepared training set with the model that will be trained."""
-    started = time.perf_counter()
+def draw_sample(cfg: Any, dataset: Any) -> Sample:
+    """The calibration sample of this config, from the prepared training set."""
+    options = options_of(cfg)
     if cfg.rl:
         tokenizer = load_tokenizer(cfg)
         dataset = PreferenceRows(dataset, rl=cfg.rl, tokenizer=tokenizer, max_length=cfg.sequence_len)
-    sample = draw_rows(
+    return draw_rows(
         dataset,
         num_samples=options.num_samples,
         max_tokens=options.max_tokens,
         seed=seed_of(cfg),
         sequence_len=cfg.sequence_len,
     )
+
+
+def _scored_plan(
+    cfg: Any, options: LayerSelOptions, model: nn.Module, stack: DecoderStack, dataset: Any, processes: Processes
+) -> Plan:
+    """Score on the prepared training set with the model that will be trained."""
+    started = time.perf_counter()
+    sample = draw_sample(cfg, dataset)
     check_whole(model)
     place(model)
     share = len(range(processes.rank, len(sample.rows), processes.world_size))

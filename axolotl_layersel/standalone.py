@@ -14,13 +14,12 @@ from typing import Any
 
 import yaml
 from axolotl.cli.config import load_cfg
-from axolotl.common.datasets import load_datasets
+from axolotl.common.datasets import load_datasets, load_preference_datasets
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.loaders import ModelLoader, load_processor, load_tokenizer
 from torch import nn
 
 from axolotl_layersel import LayerSelPlugin, readiness, run, settings
-from axolotl_layersel.calibration import draw_rows
 from axolotl_layersel.comparison import Choice, Rule, compare_methods
 from axolotl_layersel.conflicts import names_plugin
 from axolotl_layersel.plan import Plan, read_plan
@@ -68,15 +67,9 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
     """
     cfg = _load(config, overrides)
     options = settings.options_of(cfg)
-    dataset = load_datasets(cfg=cfg).train_dataset
+    meta = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
+    sample = run.draw_sample(cfg, meta.train_dataset)
     seed = settings.seed_of(cfg)
-    sample = draw_rows(
-        dataset,
-        num_samples=options.num_samples,
-        max_tokens=options.max_tokens,
-        seed=seed,
-        sequence_len=cfg.sequence_len,
-    )
     found: list[Choice] = []
     about: dict[str, Any] = {
         "base_model": cfg.base_model,

@@ -174,14 +174,14 @@ def spoken(run_inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     good = write_config(folder / "good", **run_inputs, layersel={"num_samples": 4, "first_layer": 2})
     bare = write_config(folder / "bare", **run_inputs, plugins=None, layersel=None)
     typo = write_config(folder / "typo", **run_inputs, layersel={"coverge": 0.9})
-    dpo = write_config(folder / "dpo", **run_inputs, rl="dpo")
+    grpo = write_config(folder / "grpo", **run_inputs, rl="grpo")
     lines = {
         "score": f"score {good}",
         "again": f"score {good} --json --set layersel.num_samples=4 --set layersel.coverage=1.0",
         "bare": f"score {bare} --set layersel.num_samples=4",
         "compare": f"compare {good} --json",
         "typo": f"score {typo}",
-        "dpo": f"score {dpo}",
+        "grpo": f"score {grpo}",
         "pair": f"score {good} --set coverage",
     }
     done = subprocess.run(
@@ -247,7 +247,7 @@ def test_compare_prints_json_alone_with_every_method_on_one_sample(spoken: dict[
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("typo", "coverge"), ("dpo", "`rl: dpo` cannot be scored"), ("pair", "'coverage' is not KEY=VALUE")],
+    [("typo", "coverge"), ("grpo", "`rl: grpo` cannot be scored"), ("pair", "'coverage' is not KEY=VALUE")],
 )
 def test_what_cannot_be_scored_is_one_paragraph_and_exit_status_1(
     name: str, message: str, spoken: dict[str, Any]
