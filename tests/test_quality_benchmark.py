@@ -33,7 +33,7 @@ def made_up_pair(exponent: float, *, model: str = "m", task: str = "t", layers: 
     rows = {"cosine": [[1.0] * (layers + 1)] * 4, "tokens": [[1.0]] * 4}
     losses = {k: {0: 5.0 - 2.0 * float(r)} for k, r in enumerate(kept)}
     signals = {"rows": rows, "layers": {"spectrum": [1.0] * layers}}
-    return evidence.Pair(model, task, layers, 5.0, list(range(layers)), losses, {}, signals)
+    return evidence.Pair(model, task, layers, 5.0, list(range(layers)), losses, {}, {}, {}, signals)
 
 
 def test_only_the_answer_carries_labels(tokenizer: Any) -> None:

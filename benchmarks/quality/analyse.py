@@ -28,16 +28,24 @@ from merits import (
 )
 from scipy.stats import spearmanr
 
+from axolotl_layersel.gain import RETENTION_EXPONENT, WEIGHTS, layer_weights, retention
+
+CONTROLS = ("uniform", "ramp", "ramp:squared", "ramp:cubed")  # none of them looks at data
 OURS = (
-    "uniform", "remaining", "entering", "drop", "transition",
-    "remaining@logit_lens", "drop@logit_lens", "remaining@semantic_loss", "drop@semantic_loss",
+    "remaining", "entering", "drop", "transition", "remaining@logit_lens", "drop@logit_lens",
+    "remaining@semantic_loss", "drop@semantic_loss",
 )  # fmt: skip
 ABLATIONS = (
     "remaining@cosine_without_norm", "drop@cosine_without_norm", "transition@cosine_without_norm",
-    "drop_first_raw", "drop_first_next", "drop_first_zero", "transition_first_raw", "transition_first_next",
-    "change", "length",
+    "drop:first_raw", "drop:first_next", "drop:first_zero", "transition:first_raw", "transition:first_next",
+    "transition:first_zero", "drop:half", "drop@logit_lens:half", "transition:half", "transition:squared",
+    "relative_drop", "relative_drop@logit_lens", "change", "length:first_mean", "turn:first_mean",
 )  # fmt: skip
-RIVALS = ("block_influence", "cka", "gradient", "relative_gradient", "gradient_squared", "spectrum")
+RIVALS = (
+    "block_influence", "block_influence:first_mean", "cka", "cka:first_mean", "gradient", "gradient:first_mean",
+    "gradient:first_mean:squared", "gradient_128:first_mean", "relative_gradient", "relative_gradient:first_mean",
+    "spectrum", "spectrum:first_mean",
+)  # fmt: skip
 
 
 def show_measured(pairs: list[Pair]) -> None:
@@ -121,7 +129,7 @@ def show_choices(pairs: list[Pair], names: tuple[str, ...]) -> None:
             _choice(f"{weight}, coverage {coverage}", cuts)
     print("\n### Equal mean step cost (0.75): the signal decides which model and task gets more layers\n")
     print("| signal | mean kept | least kept |\n|---|---|---|")
-    for weight in (*names, *RIVALS):
+    for weight in (*CONTROLS, *names[1:], *RIVALS):
         kept, least = at_equal_cost(pairs, weight, 0.75)
         print(f"| {weight} | {kept:.4f} | {least:.4f} |")
 
@@ -143,8 +151,51 @@ def show_single(pairs: list[Pair]) -> None:
         + " |"
     )
     print("|---" * (len(told) + 1) + "|")
-    for weight in ("remaining", "drop", "transition", "drop@logit_lens", "length", *RIVALS):
+    for weight in ("remaining", "drop", "transition", "drop@logit_lens", *RIVALS):
         print(f"| {weight} | " + " | ".join(f"{single_layer_correlation(p, weight):+.2f}" for p in told) + " |")
+
+
+def show_other_runs(pairs: list[Pair]) -> None:
+    """Full fine-tuning, longer runs, and the compute that a cut saves spent on more steps."""
+    print("\n### Other runs: retention at cut\n\n| model | task | run | retention |\n|---|---|---|---|")
+    for p in pairs:
+        runs = {"full fine-tuning": p.full} | {f"LoRA, {steps} steps": losses for steps, losses in p.longer.items()}
+        for name, losses in runs.items():
+            if 0 in losses and len(losses) > 1:
+                kept = {k: (p.base - loss) / (p.base - losses[0]) for k, loss in sorted(losses.items())}
+                print(
+                    f"| {p.model} | {p.task} | {name} | " + ", ".join(f"{k}: {r:.3f}" for k, r in kept.items()) + " |"
+                )
+    print("\nEqual time (the saved compute spent on more steps), loss relative to all layers in the base steps:\n")
+    print("| model | task | cut | steps | retention against all layers |\n|---|---|---|---|---|")
+    for p in pairs:
+        for steps, losses in p.longer.items():
+            for cut, loss in losses.items():
+                if 0 not in losses:
+                    kept = (p.base - loss) / (p.base - p.losses[0][0])
+                    print(f"| {p.model} | {p.task} | {cut} | {steps} | {kept:.3f} |")
+
+
+def show_shipped(pairs: list[Pair]) -> None:
+    """What the package itself predicts from these rows, with its own weights and exponent."""
+    print(f"\n### The package's own prediction (exponent {RETENTION_EXPONENT}), coverage 0.95\n")
+    print("| gain | MAE | bias | worst | least kept | mean kept | step cost | median regret | worst regret |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for gain in WEIGHTS:
+        error, kept, cost, lost = [], [], [], []
+        for p in pairs:
+            weight_L = layer_weights(gain, deviation_S=p.mean("cosine"), miss_L=p.mean("miss"))
+            curve = retention(weight_L, exponent=RETENTION_EXPONENT)
+            error.append((curve[p.cuts] - p.measured)[1:])
+            cut = chosen_cut(curve, 0.95)
+            kept.append(measured_at(p, cut))
+            cost.append(step_cost(p, cut))
+            lost.append(regret(p, cut))
+        e = np.concatenate(error)
+        print(
+            f"| {gain} | {np.abs(e).mean():.4f} | {e.mean():+.4f} | {np.abs(e).max():.3f} | {min(kept):.3f} "
+            f"| {np.mean(kept):.3f} | {np.mean(cost):.2f} | {np.median(lost):.3f} | {max(lost):.3f} |"
+        )
 
 
 def show_stability(pairs: list[Pair], names: tuple[str, ...]) -> None:
@@ -204,11 +255,13 @@ def main() -> None:
         )
     names = tuple(args.weights)
     show_measured(pairs)
-    show_calibration(pairs, (*OURS, *ABLATIONS, *RIVALS))
+    show_calibration(pairs, (*CONTROLS, *OURS, *ABLATIONS, *RIVALS))
     for weight in names[:2]:
         show_scalars(pairs, weight)
     show_choices(pairs, names)
+    show_shipped(pairs)
     show_single(pairs)
+    show_other_runs(pairs)
     show_stability(pairs, names)
     if args.figures:
         draw(pairs, names, args.figures)

@@ -6,8 +6,8 @@
     python benchmark.py --grid grids/gpu.json --model Qwen/Qwen3-0.6B-Base --text TEXT  # a model of the hub
 
 `--text` is a text file, a folder of text files, or a .jsonl[.xz] with a `text` field. Without it the source files of
-the interpreter's standard library are the text, which is enough for `--quick`. A task whose data is not given is left out,
-and said so.
+the interpreter's standard library are the text, which is enough for `--quick`. A task whose data is not given is left
+out, and said so.
 """
 
 import argparse
@@ -49,7 +49,11 @@ def main() -> None:
         folder = work / "models" / entry["name"]
         models.append(str(folder))
         if not (folder / "pretraining.json").exists():
-            given = options(entry, ("arch", "size", "minutes", "rows", "length", "vocab_size", "learning_rate"))
+            given = options(
+                entry, ("arch", "size", "minutes", "rows", "length", "vocab_size", "learning_rate", "max_characters")
+            )
+            if entry.get("keep_untrained"):
+                given.append("--keep-untrained")
             call("pretrain.py", "--text", args.text, "--output", folder, "--threads", args.threads, *given)
 
     data = {"gsm8k": args.gsm8k, "roleplay": args.roleplay}

@@ -24,6 +24,8 @@ class Pair:
     cuts: list[int]  # grid cuts with a measured loss, cut 0 first
     losses: dict[int, dict[int, float]]  # cut -> seed -> held-out loss, at the tuned rate
     single: dict[int, float]  # layer -> held-out loss of LoRA on that layer alone
+    full: dict[int, float]  # cut -> held-out loss of full fine-tuning
+    longer: dict[int, dict[int, float]]  # steps -> cut -> held-out loss of LoRA runs of another length
     signals: dict[str, object]  # file of signals.py
 
     @property
@@ -55,53 +57,63 @@ class Pair:
         return np.asarray(counts @ table / (counts @ tokens))
 
 
-def first_as_mean(weight_L: Array) -> Array:
-    """Layer 0 gets the mean of the others."""
-    return np.concatenate([[weight_L[1:].mean()], weight_L[1:]])
+FIRST = {  # what layer 0 gets instead of its own value, which leaving the embedding space makes an outlier
+    "first_raw": lambda w: w[0],
+    "first_mean": lambda w: w[1:].mean(),
+    "first_next": lambda w: w[1],
+    "first_zero": lambda w: 0.0,
+}
+BY_ROW = ("block_influence", "length", "turn", "turn_without_norm", "length_without_norm")
+OF_LAYERS = ("gradient", "relative_gradient", "gradient_128", "relative_gradient_128", "spectrum", "cka")
 
 
-def first_as_next(weight_L: Array) -> Array:
-    """Layer 0 gets what layer 1 has."""
-    return np.concatenate([weight_L[1:2], weight_L[1:]])
-
-
-def deviation_of(weight: str) -> tuple[str, str]:
-    """`drop@logit_lens` -> (`drop`, `logit_lens`); cosine with the final norm where none is named."""
-    name, _, deviation = weight.partition("@")
-    return name, deviation or "cosine"
+def raw_weights(pair: Pair, name: str, deviation: str, counts_R: Array | None, rows: int) -> Array:
+    """The signal of every layer, (L,), before any treatment; larger = more to gain."""
+    if name == "uniform":
+        return np.ones(pair.layers)
+    if name == "ramp":  # as blind to the data as equal weights, but more towards the output
+        return np.arange(1.0, pair.layers + 1)
+    if name in OF_LAYERS:
+        return np.array(pair.signals["layers"][name])  # type: ignore[index]
+    if name in BY_ROW:
+        return pair.mean(name, counts_R, rows)
+    if name == "transition":
+        return pair.mean("miss_without_norm" if deviation == "cosine_without_norm" else "miss", counts_R, rows)
+    d = pair.mean(deviation, counts_R, rows)
+    return {
+        "remaining": d[1:],
+        "entering": d[:-1],
+        "drop": np.maximum(d[:-1] - d[1:], 0),
+        "change": np.abs(d[:-1] - d[1:]),
+        "relative_drop": np.maximum(d[:-1] - d[1:], 0) / d[:-1],
+    }[name]
 
 
 def weights(pair: Pair, weight: str, counts_R: Array | None = None, rows: int = 128) -> Array:
-    """Layer weights, (L,), >= 0, sum 1; `weight` is `SOURCE[@DEVIATION]` or a rival's signal."""
-    name, deviation = deviation_of(weight)
-    if name == "uniform":
-        w = np.ones(pair.layers)
-    elif name in ("gradient", "relative_gradient", "spectrum", "cka"):
-        w = np.array(pair.signals["layers"][name])  # type: ignore[index]
-    elif name == "gradient_squared":
-        w = np.array(pair.signals["layers"]["gradient"]) ** 2  # type: ignore[index]
-    elif name in ("block_influence", "length"):
-        w = pair.mean(name, counts_R, rows)
-    elif name.startswith("transition"):
-        w = pair.mean("miss_without_norm" if deviation == "cosine_without_norm" else "miss", counts_R, rows)
-        w = {"transition": first_as_mean, "transition_first_raw": np.asarray, "transition_first_next": first_as_next}[
-            name
-        ](w)
-    else:
-        d = pair.mean(deviation, counts_R, rows)
-        drops = np.maximum(d[:-1] - d[1:], 0)
-        w = {
-            "remaining": lambda: d[1:],
-            "entering": lambda: d[:-1],
-            "remaining_excess": lambda: d[1:] - 0.9 * d.min(),
-            "drop": lambda: first_as_mean(drops),
-            "drop_first_raw": lambda: drops,
-            "drop_first_next": lambda: first_as_next(drops),
-            "drop_first_zero": lambda: np.concatenate([[0.0], drops[1:]]),
-            "change": lambda: first_as_mean(np.abs(d[:-1] - d[1:])),
-        }[name]()
-    w = np.maximum(w, 0)
-    return w / w.sum() if w.sum() > 0 else np.full(pair.layers, 1 / pair.layers)
+    """Layer weights, (L,), >= 0, sum 1.
+
+    Args:
+        pair: whose signals are read.
+        weight: `SOURCE[@DEVIATION][:TREATMENT]...`; without a name the deviation is the cosine with the final norm;
+            treatments are those of layer 0 (`drop`, `change` and `transition` have `first_mean` unless told otherwise),
+            `squared`, `cubed`, and `half` (mixed half and half with equal weights).
+        counts_R: how often each row occurs; the first `rows` rows once where not given.
+        rows: rows of the sample.
+    """
+    source, *treatments = weight.split(":")
+    name, _, deviation = source.partition("@")
+    w = np.maximum(raw_weights(pair, name, deviation or "cosine", counts_R, rows), 0)
+    first = [treatment for treatment in treatments if treatment in FIRST]
+    if not first and name in ("drop", "relative_drop", "change", "transition"):
+        first = ["first_mean"]
+    for treatment in first:
+        w = np.concatenate([[FIRST[treatment](w)], w[1:]])
+    if "squared" in treatments:
+        w = w**2
+    if "cubed" in treatments:
+        w = w**3
+    w = w / w.sum() if w.sum() > 0 else np.full(pair.layers, 1 / pair.layers)
+    return (w + 1 / pair.layers) / 2 if "half" in treatments else w
 
 
 def tails(weight_L: Array) -> Array:
@@ -141,7 +153,8 @@ def load(runs: Path, signals: Path) -> list[Pair]:
         found = json.loads(file.read_text(encoding="utf-8"))
         mine = [line for line in lines if (line["model"], line["task"]) == (found["model"], found["task"])]
         base = [line["loss"] for line in mine if line["kind"] == "base"]
-        steps = max((line["steps"] for line in mine if line["kind"] == "cut" and line["index"] == 0), default=0)
+        lengths = [line["steps"] for line in mine if line["kind"] == "cut"]
+        steps = max(set(lengths), key=lengths.count, default=0)  # runs of another length are extra evidence
         cut_lines = [line for line in mine if line["kind"] == "cut" and line["steps"] == steps]
         losses: dict[int, dict[int, float]] = {}
         for line in cut_lines:
@@ -152,7 +165,13 @@ def load(runs: Path, signals: Path) -> list[Pair]:
         if not base or 0 not in losses or layers - 1 not in losses:
             continue
         single = {line["index"]: line["loss"] for line in mine if line["kind"] == "single"}
-        pairs.append(Pair(found["model"], found["task"], layers, base[0], sorted(losses), losses, single, found))
+        full = {line["index"]: line["loss"] for line in mine if line["kind"] == "full"}
+        longer: dict[int, dict[int, float]] = {}
+        for line in mine:
+            if line["kind"] == "cut" and line["steps"] != steps and line["seed"] == 0:
+                longer.setdefault(line["steps"], {})[line["index"]] = line["loss"]
+        name, task = found["model"], found["task"]
+        pairs.append(Pair(name, task, layers, base[0], sorted(losses), losses, single, full, longer, found))
     return pairs
 
 

@@ -41,7 +41,8 @@ END = "<|endoftext|>"
 def read_documents(path: Path) -> list[str]:
     """The documents of a text file, a folder of text files, or a .jsonl / .jsonl.xz with a `text` field."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in {".txt", ".md", ".rst", ".py"})
+        found = sorted(file for file in path.rglob("*") if file.suffix in {".txt", ".md", ".rst", ".py"})
+        files = [file for file in found if not {"site-packages", "test", "tests"} & set(file.relative_to(path).parts)]
         return [file.read_text(encoding="utf-8", errors="replace") for file in files]
     if path.name.endswith((".jsonl", ".jsonl.xz")):
         opened = lzma.open if path.suffix == ".xz" else open
@@ -60,6 +61,17 @@ def split_documents(documents: list[str], *, holdout: float = 0.05, seed: int = 
     return documents[:-cut], documents[-cut:]
 
 
+def within(documents: list[str], *, characters: int) -> list[str]:
+    """The first documents that hold that many characters together."""
+    kept, size = [], 0
+    for document in documents:
+        if kept and size + len(document) > characters:
+            break
+        kept.append(document)
+        size += len(document)
+    return kept
+
+
 def train_tokenizer(documents: list[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE over at most 8 million characters of the training documents."""
     tokenizer = Tokenizer(models.BPE())
@@ -71,13 +83,7 @@ def train_tokenizer(documents: list[str], *, vocab_size: int) -> PreTrainedToken
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    sample, size = [], 0
-    for document in documents:
-        sample.append(document)
-        size += len(document)
-        if size > 8_000_000:
-            break
-    tokenizer.train_from_iterator(sample, trainer)
+    tokenizer.train_from_iterator(within(documents, characters=8_000_000), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, bos_token=END)
 
 
@@ -204,9 +210,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="folder of an earlier model whose tokenizer is used again")
     parser.add_argument("--init", type=Path, help="folder of a model to train further, its tokenizer included")
     parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--max-characters", type=int, default=400_000_000, help="most text to tokenise")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--keep-untrained", action="store_true", help="no error for a model that has not learned")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -217,6 +225,7 @@ def main() -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init or args.tokenizer)
     else:
         tokenizer = train_tokenizer(train_documents, vocab_size=args.vocab_size)
+    train_documents = within(train_documents, characters=args.max_characters)
     stream, heldout = encode(tokenizer, train_documents), encode(tokenizer, heldout_documents)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(args.arch, size=args.size, vocab_size=len(tokenizer), seed=args.seed)
@@ -248,7 +257,7 @@ def main() -> None:
     tokenizer.save_pretrained(args.output)
     (args.output / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(facts), flush=True)
-    if not facts["learned"]:
+    if not facts["learned"] and not args.keep_untrained:
         raise SystemExit(
             f"not trained: held-out loss {loss:.3f} does not beat unigram ({unigram:.3f}) and bigram ({bigram:.3f}); "
             "give more --minutes, or a smaller --size"
