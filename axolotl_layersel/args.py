@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field
 from axolotl_layersel.conflicts import find_conflicts
 
 DeviationName = Literal["cosine", "semantic_loss", "logit_lens"]
-GainName = Literal["remaining", "drop", "transition", "uniform"]
+GainName = Literal["transition", "remaining", "drop", "uniform"]
 PolicyName = Literal["coverage", "peak_gain", "budget"]
 
 
@@ -31,7 +31,7 @@ class LayerSelOptions(BaseModel):
     deviation: DeviationName = Field(
         default="cosine", description="how far a latent state is from the semantics of its label"
     )
-    gain: GainName = Field(default="remaining", description="how deviations become the weight of each layer")
+    gain: GainName = Field(default="transition", description="how deviations become the weight of each layer")
     policy: PolicyName = Field(default="coverage", description="how gains become a suffix of trained layers")
     coverage: float = Field(
         default=0.95,

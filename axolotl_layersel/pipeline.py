@@ -54,7 +54,7 @@ def score_layers(
     rows: Sequence[Row],
     *,
     deviation: str = "cosine",
-    gain: str = "remaining",
+    gain: str = "transition",
     policy: str = "coverage",
     coverage: float = 0.95,
     budget: int | float = 1.0,

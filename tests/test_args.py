@@ -1,9 +1,12 @@
 """The option block: defaults, bounds, and errors that name the option."""
 
+import inspect
+
 import pytest
 from pydantic import ValidationError
 
 from axolotl_layersel.args import LayerSelArgs, LayerSelOptions
+from axolotl_layersel.pipeline import score_layers
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,14 @@ def test_without_a_block_all_defaults_hold() -> None:
 def test_a_budget_keeps_its_type_because_it_means_something() -> None:
     assert isinstance(LayerSelOptions(budget=1).budget, int)
     assert isinstance(LayerSelOptions(budget=1.0).budget, float)
+
+
+def test_the_pipeline_called_directly_has_the_same_defaults() -> None:
+    defaults = {p.name: p.default for p in inspect.signature(score_layers).parameters.values()}
+    shared = set(defaults) & set(LayerSelOptions.model_fields)
+    assert shared == {"deviation", "gain", "policy", "coverage", "budget", "min_layers"}
+    for name in shared:
+        assert defaults[name] == LayerSelOptions.model_fields[name].default
 
 
 def test_every_option_says_what_it_does() -> None:

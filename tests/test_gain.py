@@ -79,5 +79,5 @@ def test_what_is_not_finite_is_refused() -> None:
 
 
 def test_an_unknown_gain_is_refused_with_the_names_allowed() -> None:
-    with pytest.raises(ValueError, match="gain is 'magic'; allowed are remaining, drop, transition, uniform"):
+    with pytest.raises(ValueError, match="gain is 'magic'; allowed are transition, remaining, drop, uniform"):
         layer_weights("magic", deviation_S=np.ones(2), miss_L=np.ones(1))
