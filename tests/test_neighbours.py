@@ -73,9 +73,9 @@ def test_stock_axolotl_does_not_notice_that_the_package_is_installed(
 
 
 OTHER_COMMANDS = """
-import io, os, sys
-from axolotl.cli import evaluate, inference, merge_lora, preprocess
 if __name__ == "__main__":  # workers that tokenise import this file
+    import io, os, sys
+    from axolotl.cli import evaluate, inference, merge_lora, preprocess
     config, commands = sys.argv[1], sys.argv[2:]
     sys.argv = sys.argv[:1]
     for command in commands:
@@ -98,7 +98,7 @@ def test_other_commands_work_and_do_not_score(tmp_path: Path, run_inputs: dict[s
     commands = ["preprocess", "evaluate", "inference", "merge_lora"]
     script = tmp_path / "commands.py"
     script.write_text(OTHER_COMMANDS)
-    run = start([sys.executable, str(script), str(config), *commands], tmp_path / "log").finish(timeout=300).check()
+    run = start([sys.executable, str(script), str(config), *commands], tmp_path / "log").finish(timeout=400).check()
     assert "layersel: scoring" not in run.log
     assert re.findall(r"^BEGIN (\w+)", run.log, re.MULTILINE) == commands
     assert "Eval set evaluation completed!" in run.log
