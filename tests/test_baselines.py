@@ -257,7 +257,7 @@ def test_the_run_s_own_row_is_what_a_run_would_choose() -> None:
     from axolotl_layersel.pipeline import score_layers
 
     network = model()
-    scores = score_layers(network, rows(), coverage=0.8)
+    scores = score_layers(network, rows(), gain="remaining", coverage=0.8)
     own = compare(network, rule=Rule("coverage", 0.8, 1.0, 1))[0]
     assert own.first_trainable == scores.first_trainable
     np.testing.assert_allclose(own.weight, scores.weight, rtol=1e-9)

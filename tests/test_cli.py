@@ -16,6 +16,7 @@ from axolotl_runs import BIN, environment, write_config
 from click.testing import CliRunner, Result
 from plans import scored_plan
 
+from axolotl_layersel.args import LayerSelOptions
 from axolotl_layersel.cli import main
 from axolotl_layersel.plan import Plan, read_plan
 
