@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import stat
 from pathlib import Path
 
@@ -125,7 +124,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "\ud800")
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["plan.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_the_file_is_readable_by_others(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_measures_equal_plain_python() -> None:
 
 
 def test_worked_by_hand() -> None:
-    """r = (3, 4), basis along (1, 0): u = 5 (1, 0) - r = (2, -4); the layer moves to (3, 0): f = (0, -4)."""
+    """With r = (3, 4), basis along (1, 0): u = 5 (1, 0) - r = (2, -4); the layer moves to (3, 0): f = (0, -4)."""
     r, basis = torch.tensor([[3.0, 4.0]]), torch.tensor([[7.0, 0.0]])
     virtual = virtual_transition(r, basis)
     factual = factual_transition(r, torch.tensor([[3.0, 0.0]]))
