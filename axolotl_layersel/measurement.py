@@ -125,9 +125,9 @@ def _measure_batch(
 
 def _read(norm: nn.Module, hidden_ND: Tensor) -> Tensor:
     """The representation N(h), in float32 and outside of autocast."""
-    parameter = next(norm.parameters())
+    parameter = next(norm.parameters(), None)  # some norms have no weights
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        states_ND: Tensor = norm(hidden_ND.to(parameter))
+        states_ND: Tensor = norm(hidden_ND.float() if parameter is None else hidden_ND.to(parameter))
     return states_ND
 
 

@@ -143,13 +143,23 @@ def _all_lists(model: nn.Module) -> str:
 
 
 def _final_norm(backbone: nn.Module, list_name: str) -> tuple[str, nn.Module]:
-    """The one child of the backbone after its layers whose parameters are all vectors: a norm."""
+    """The child of the backbone whose parameters are all vectors: a norm. Most models register it after their layers.
+
+    Some register it before them, beside a norm of the embeddings, and in some it has no weights: the last such child
+    comes first then. `prove_stack` refuses a wrong choice.
+    """
     children = dict(backbone.named_children())
-    after = list(children)[list(children).index(list_name) + 1 :]
-    norms = [n for n in after if _has_weights(children[n]) and all(p.dim() == 1 for p in children[n].parameters())]
+    place = list(children).index(list_name)
+    after, before = list(children)[place + 1 :], list(children)[:place]
+    norms = [n for n in after if _is_norm(children[n])] or [n for n in before[::-1] if _is_norm(children[n])]
+    norms = norms or [n for n in after if next(children[n].buffers(), None) is None and not _has_weights(children[n])]
     if not norms:
-        raise StackError(f"no final norm after {list_name!r}; candidates were {list(children)}")
+        raise StackError(f"no final norm beside {list_name!r}; candidates were {list(children)}")
     return norms[0], children[norms[0]]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return _has_weights(module) and all(p.dim() == 1 for p in module.parameters())
 
 
 def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> None:
