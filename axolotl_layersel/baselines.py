@@ -56,26 +56,6 @@ def gradient_norm(
     Raises:
         BaselineError: the weights are quantised, so they have no gradient.
     """
-    return np.asarray(_gradient_norms(model, stack, rows, autocast=autocast).mean(axis=0))
-
-
-def relative_gradient_norm(
-    model: nn.Module, stack: DecoderStack, rows: Sequence[Row], *, autocast: torch.dtype | None = None
-) -> Array:
-    """`gradient_norm` over the L2 norm of the layer's weights: Auto-RGN of surgical fine-tuning.
-
-    Raises:
-        BaselineError: the weights are quantised, so they have no gradient.
-    """
-    gradient_L = gradient_norm(model, stack, rows, autocast=autocast)
-    squared_L = [sum(float(p.detach().double().square().sum()) for p in layer.parameters()) for layer in stack.layers]
-    return np.asarray(gradient_L / np.maximum(np.sqrt(squared_L), 1e-12))
-
-
-def _gradient_norms(
-    model: nn.Module, stack: DecoderStack, rows: Sequence[Row], *, autocast: torch.dtype | None
-) -> Array:
-    """(rows, L)."""
     device = next(stack.embeddings.parameters()).device
     squared_RL = torch.zeros(len(rows), stack.num_layers, dtype=torch.float64)
     with left_as_found(model, autocast=autocast), torch.enable_grad(), _layers_require_grad(model, stack) as trained:
@@ -101,7 +81,20 @@ def _gradient_norms(
         finally:
             for handle in handles:
                 handle.remove()
-    return squared_RL.sqrt().numpy()
+    return np.asarray(squared_RL.sqrt().mean(dim=0).numpy())
+
+
+def relative_gradient_norm(
+    model: nn.Module, stack: DecoderStack, rows: Sequence[Row], *, autocast: torch.dtype | None = None
+) -> Array:
+    """`gradient_norm` over the L2 norm of the layer's weights: Auto-RGN of surgical fine-tuning.
+
+    Raises:
+        BaselineError: the weights are quantised, so they have no gradient.
+    """
+    gradient_L = gradient_norm(model, stack, rows, autocast=autocast)
+    squared_L = [sum(float(p.detach().double().square().sum()) for p in layer.parameters()) for layer in stack.layers]
+    return np.asarray(gradient_L / np.maximum(np.sqrt(squared_L), 1e-12))
 
 
 @contextmanager

@@ -176,9 +176,16 @@ def spoken(run_inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     bare = write_config(folder / "bare", **run_inputs, plugins=None, layersel=None)
     typo = write_config(folder / "typo", **run_inputs, layersel={"coverge": 0.9})
     grpo = write_config(folder / "grpo", **run_inputs, rl="grpo")
+    sharded = {
+        "fsdp_version": 2,
+        "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"},
+        "layersel": {"num_samples": 4, "plan": "not/written/yet.json"},
+    }
+    fsdp = write_config(folder / "fsdp", **run_inputs, **sharded)
     lines = {
         "score": f"score {good}",
         "again": f"score {good} --json --set layersel.num_samples=4 --set layersel.coverage=1.0",
+        "fsdp": f"score {fsdp}",
         "bare": f"score {bare} --set layersel.num_samples=4",
         "compare": f"compare {good} --json",
         "typo": f"score {typo}",
@@ -221,6 +228,15 @@ def test_score_leaves_a_given_cut_aside_and_takes_changed_keys(spoken: dict[str,
 def test_score_trains_nothing(spoken: dict[str, Any]) -> None:
     left = sorted(path.name for path in (spoken["folder"] / "good" / "out").iterdir())
     assert set(left) <= {"layersel", "debug.log"}
+
+
+def test_score_runs_a_sharded_config_on_one_process_and_its_recipe_is_sharded_again(spoken: dict[str, Any]) -> None:
+    out, status, log = spoken["fsdp"]
+    assert status == 0, log[-3000:]
+    recipe = yaml.safe_load(Path(out.strip()).with_name("recipe.yml").read_text(encoding="utf-8"))
+    assert recipe["fsdp_version"] == 2
+    assert recipe["fsdp_config"]["auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+    assert list(recipe["layersel"]) == ["first_layer"]
 
 
 def test_score_takes_a_config_without_the_plugin(spoken: dict[str, Any]) -> None:
