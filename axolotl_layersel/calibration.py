@@ -7,7 +7,9 @@ A position is scored when the label of the next position is not -100.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Any
@@ -95,17 +97,18 @@ def draw_rows(dataset: Any, *, num_samples: int, max_tokens: int, seed: int, seq
     rows: list[Row] = []
     tokens = looked_at = 0
     capped = False
-    for row in _in_drawing_order(dataset, seed=seed, sequence_len=sequence_len):
-        looked_at += 1
-        if not row.scored:
-            continue
-        if rows and tokens + row.scored > max_tokens:
-            capped = True
-            break
-        rows.append(row)
-        tokens += row.scored
-        if len(rows) == num_samples:
-            break
+    with _own_random_state(seed):
+        for row in _in_drawing_order(dataset, seed=seed, sequence_len=sequence_len):
+            looked_at += 1
+            if not row.scored:
+                continue
+            if rows and tokens + row.scored > max_tokens:
+                capped = True
+                break
+            rows.append(row)
+            tokens += row.scored
+            if len(rows) == num_samples:
+                break
     if not looked_at:
         raise CalibrationError(
             "the training set is empty after axolotl prepared it; scoring needs at least one row with a supervised "
@@ -122,6 +125,21 @@ def draw_rows(dataset: Any, *, num_samples: int, max_tokens: int, seed: int, seq
     elif len(rows) < num_samples:
         notes.append(f"{len(rows)} rows were scored, all that have a supervised token; num_samples was {num_samples}")
     return Sample(rows=tuple(rows), notes=tuple(notes))
+
+
+@contextmanager
+def _own_random_state(seed: int) -> Iterator[None]:
+    """Streams that pack draw from the global generators: seed them for the sample, and give the run its own back."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _in_drawing_order(dataset: Any, *, seed: int, sequence_len: int) -> Iterator[Row]:

@@ -243,6 +243,62 @@ def test_every_dataset_type_gives_rows_with_its_own_mask(
     )
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["plain", "packed"])
+def test_a_pre_training_stream_is_read_without_its_packing(
+    packing: bool, run_inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A packed stream gives one long row a step, packed in an order that it draws."""
+    folder = tmp_path / "stream"
+    folder.mkdir()
+    texts = [{"text": row["instruction"] + row["output"]} for row in instruction_rows(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    config = write_config(
+        tmp_path,
+        model=run_inputs["model"],
+        data=folder,
+        plugins=None,
+        layersel=None,
+        datasets=None,
+        pretraining_dataset=[{"path": str(folder), "type": "pretrain", "text_column": "text", "split": "train"}],
+        streaming=True,
+        sample_packing=packing,
+        pad_to_sequence_len=packing or None,
+        sdp_attention=True,
+    )
+    cfg = load_cfg(str(config))
+    stream = load_datasets(cfg=cfg).train_dataset
+    options: dict[str, Any] = {"num_samples": 8, "max_tokens": 10_000, "seed": 1, "sequence_len": cfg.sequence_len}
+    sample = draw_rows(stream, **options)
+    before = torch.get_rng_state()
+    assert len(sample.rows) == 8 and draw_rows(stream, **options) == sample
+    assert torch.equal(torch.get_rng_state(), before), "packing draws from the run's own generator"
+    assert all(8 < len(row.input_ids) < 80 for row in sample.rows)
+    assert all(row.scored == len(row.input_ids) - 1 for row in sample.rows)
+
+
+def test_several_datasets_are_drawn_from_together(run_inputs: dict[str, Path], tmp_path: Path) -> None:
+    paths = []
+    for part in range(2):
+        path = tmp_path / f"part{part}.jsonl"
+        rows = instruction_rows(6, first=6 * part)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        paths.append({"path": str(path), "ds_type": "json", "type": "alpaca"})
+    config = write_config(
+        tmp_path,
+        model=run_inputs["model"],
+        data=tmp_path,
+        plugins=None,
+        layersel=None,
+        datasets=paths,
+        sequence_len=512,
+    )
+    cfg = load_cfg(str(config))
+    sample = draw_rows(
+        load_datasets(cfg=cfg).train_dataset, num_samples=64, max_tokens=10_000, seed=1, sequence_len=512
+    )
+    assert len(sample.rows) == len({row.input_ids for row in sample.rows}) == 12
+
+
 # ---- precision -----------------------------------------------------------------------------------------------------
 
 
