@@ -35,8 +35,8 @@ def test_each_weight_worked_by_hand() -> None:
     deviation_S, miss_L = np.array([1.0, 0.4, 0.5, 0.2]), np.array([9.0, 1.0, 3.0])
     expected = {
         "remaining": [0.4, 0.5, 0.2],
-        "drop": [0.15, 0.0, 0.3],  # layer 0 (0.6) gets the mean of the others; the rise of layer 1 counts as nothing
-        "transition": [2.0, 1.0, 3.0],  # layer 0 (9.0) gets the mean of the others
+        "drop": [0.0, 0.0, 0.3],  # layer 0 (0.6) gets the least of the others; the rise of layer 1 counts as nothing
+        "transition": [1.0, 1.0, 3.0],  # layer 0 (9.0) gets the least of the others
         "uniform": [1.0, 1.0, 1.0],
     }
     for name, values in expected.items():
