@@ -78,7 +78,6 @@ class Recipe:
     steps: int = 600
     learning_rate: float = 0.02  # of the matrices in the layers; embeddings and unembedding have a fifth of it
     seed: int = 7
-    minutes: float = 4.0  # on a slow or busy machine the schedule ends here, with fewer steps
 
 
 def library_modules(root: Path | None = None) -> list[Module]:
@@ -189,14 +188,10 @@ def bigram_loss(train_NT: Tensor, held_out_NT: Tensor, *, vocab_size: int) -> fl
     return min(loss(strength) for strength in (3.0, 10.0, 30.0, 100.0))
 
 
-def pretrain(model: torch.nn.Module, windows_NT: Tensor, recipe: Recipe) -> int:
+def pretrain(model: torch.nn.Module, windows_NT: Tensor, recipe: Recipe) -> None:
     """Muon for the matrices of the layers and AdamW for the rest; a short warm-up, then linear decay to zero.
 
-    On this little text Muon needs about half the steps of AdamW alone. The decay follows the steps or the clock,
-    whichever is further, so that a slow machine ends with a smaller but finished training.
-
-    Returns:
-        The number of steps taken.
+    On this little text Muon needs about half the steps of AdamW alone.
     """
     import torch
 
@@ -209,10 +204,10 @@ def pretrain(model: torch.nn.Module, windows_NT: Tensor, recipe: Recipe) -> int:
     schedules = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     order = torch.randperm(len(windows_NT), generator=torch.Generator().manual_seed(recipe.seed))
     model.train()
-    start, progress, step = time.monotonic(), 0.0, 0
-    while progress < 1.0:
+    start = time.monotonic()
+    for step in range(recipe.steps):
         for group, highest in schedules:
-            group["lr"] = highest * min(1.0, (step + 1) / 20, 1.02 - progress)
+            group["lr"] = highest * min(1.0, (step + 1) / 20, 1.02 - step / recipe.steps)
         picked = order[torch.arange(step * recipe.batch, (step + 1) * recipe.batch) % len(order)]
         part = windows_NT[picked]
         loss = model(input_ids=part, labels=part).loss
@@ -221,12 +216,9 @@ def pretrain(model: torch.nn.Module, windows_NT: Tensor, recipe: Recipe) -> int:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        step += 1
-        seconds = time.monotonic() - start
-        progress = max(step / recipe.steps, seconds / (60 * recipe.minutes))
-        if step % 100 == 0:
-            print(f"  step {step} of {recipe.steps}, loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
-    return step
+        if (step + 1) % 100 == 0:
+            seconds = time.monotonic() - start
+            print(f"  step {step + 1} of {recipe.steps}, loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
 
 
 def build_model(modules: list[Module], folder: Path, recipe: Recipe) -> dict[str, float]:
@@ -265,15 +257,14 @@ def build_model(modules: list[Module], folder: Path, recipe: Recipe) -> dict[str
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     tokens = recipe.steps * recipe.batch * recipe.window / 1e6
     print(f"model: {recipe.layers} layers, {millions:.1f} M parameters, trained on {tokens:.1f} M tokens", flush=True)
-    facts: dict[str, float] = {"before": mean_loss(model, held_out_NT)}
-    facts["steps"] = pretrain(model, train_NT, recipe)
+    facts = {"before": mean_loss(model, held_out_NT)}
+    pretrain(model, train_NT, recipe)
     facts["after"] = mean_loss(model, held_out_NT)
     facts["bigram"] = bigram_loss(train_NT, held_out_NT, vocab_size=recipe.vocab_size)
     if not facts["after"] < facts["bigram"]:
         raise SystemExit(
-            f"the base model has not learned: {facts['after']:.3f} nats for each held-out token, a bigram has "
-            f"{facts['bigram']:.3f}. It took {facts['steps']:.0f} of {recipe.steps} steps; give it more time with "
-            "`--minutes`"
+            f"the base model has not learned: {facts['after']:.3f} nats for each held-out token, and a bigram has "
+            f"{facts['bigram']:.3f}. Give its recipe more than {recipe.steps} steps, in {__file__}"
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -298,7 +289,7 @@ def prepare(work: Path, recipe: Recipe) -> None:
     facts = build_model(modules, work / "model", recipe)
     record.write_text(json.dumps({"fingerprint": fingerprint, **facts}, indent=1))
     print(
-        f"model: held-out loss {facts['before']:.3f} before, {facts['after']:.3f} after {facts['steps']:.0f} steps "
+        f"model: held-out loss {facts['before']:.3f} before, {facts['after']:.3f} after {recipe.steps} steps "
         f"(bigram {facts['bigram']:.3f}); {time.monotonic() - start:.0f} s"
     )
 
@@ -328,13 +319,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("prepare", help="write the data and train the base model")
-    making.add_argument("--minutes", type=float, default=Recipe.minutes, help="longest time for training the model")
     making.add_argument("--work", type=Path, default=WORK, help="folder to write to")
     showing = commands.add_parser("summary", help="show what a finished run chose and learned")
     showing.add_argument("output_dir", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "prepare":
-        prepare(arguments.work, Recipe(minutes=arguments.minutes))
+        prepare(arguments.work, Recipe())
     else:
         summary(arguments.output_dir)
 

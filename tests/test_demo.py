@@ -169,7 +169,6 @@ def test_a_model_is_saved_once_it_beats_the_bigram(toy: tuple[list[Any], Any], t
 
     modules, recipe = toy
     facts = demo.build_model(modules, tmp_path, recipe)
-    assert facts["steps"] == 150
     assert facts["after"] < min(facts["bigram"], facts["before"])
     assert facts["before"] == pytest.approx(math.log(258), abs=0.2)  # an untrained model guesses
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers == 2
@@ -177,22 +176,9 @@ def test_a_model_is_saved_once_it_beats_the_bigram(toy: tuple[list[Any], Any], t
 
 def test_a_model_that_has_not_learned_is_refused(toy: tuple[list[Any], Any], tmp_path: Path) -> None:
     modules, recipe = toy
-    with pytest.raises(SystemExit, match=r"has not learned: .* a bigram has .* took 1 of 1 steps; give it more time"):
+    with pytest.raises(SystemExit, match=r"has not learned: .* a bigram has .* more than 1 steps"):
         demo.build_model(modules, tmp_path, replace(recipe, steps=1))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_training_ends_when_the_time_is_up(toy: tuple[list[Any], Any]) -> None:
-    import torch
-
-    _, recipe = toy
-    windows_NT = torch.randint(0, 258, (16, 33), generator=torch.Generator().manual_seed(0))
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    )
-    assert demo.pretrain(model, windows_NT, replace(recipe, steps=10**9, minutes=1 / 60)) < 10**9
 
 
 def test_summary_of_a_run_that_did_not_finish_says_what_to_do(tmp_path: Path) -> None:
