@@ -155,6 +155,15 @@ def test_vision_towers_get_no_adapters() -> None:
     assert {layer_of(name, find_stack(tiny("Gemma 3 multimodal"))) for name in ours} == {3}
 
 
+def test_a_regex_that_names_the_text_tower_is_narrowed_to_the_plan_s_layers() -> None:
+    """As axolotl's example configs for multimodal models write it; its dots stand for any character."""
+    pattern = r"model.language_model.layers.[\d]+.(mlp|cross_attn|self_attn).(up|down|gate|q|k|v|o)_proj"
+    ours, stock, updates = with_and_without({"lora_target_modules": pattern}, lambda: tiny("Gemma 3 multimodal"), 3)
+    stack = find_stack(tiny("Gemma 3 multimodal"))
+    assert ours == {name for name in stock if layer_of(name, stack) == 3} and len(updates["lora_target_modules"]) == 7
+    assert {layer_of(name, stack) for name in stock} == {0, 1, 2, 3}
+
+
 def test_a_linear_head_that_axolotl_adapts_keeps_its_adapter() -> None:
     """GPT-NeoX: `lora_target_linear` takes the head along, because axolotl knows it under an older name."""
     ours, stock, _ = with_and_without({"lora_target_linear": True}, lambda: tiny("GPT-NeoX (parallel block)"), 2)
