@@ -234,7 +234,7 @@ def stand_in_config(config: dict[str, Any], model: Path, data: Path, folder: Pat
         **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),
     }
     left_out = {"evals_per_epoch", "saves_per_epoch", "attn_implementation", "fsdp_version", "fsdp_config"}
-    block = dict(config.get("layersel") or {})
+    block = {**(config.get("layersel") or {}), "report": False}  # figures have tests of their own
     if block.get("first_layer") is not None:
         block["first_layer"] = NUM_LAYERS // 2
     elif block.get("plan") is not None:
