@@ -10,6 +10,7 @@ VENV     ?= .venv
 TORCH    ?= torch==2.13.0
 PIP_ARGS ?=
 ARGS     ?=
+JOBS     ?= 2
 
 # A machine with an NVIDIA driver gets the build of torch that pip would take; any other gets the CPU build, if pip
 # finds one (a `+cpu` version sorts above the plain one), and runs axolotl on the CPU.
@@ -55,8 +56,10 @@ demo-qlora: setup ## the same with the model in 4 bits
 	$(LAUNCH) example_configs/demo-qlora.yml
 	$(PY) $(DEMO) summary $(WORK)/qlora
 
-test: setup ## run the whole test suite; ARGS="-k name" picks tests
-	$(PY) -m pytest $(ARGS)
+# A test file stays on one worker, so that its models and runs are made once; each worker computes on one thread.
+test: export OMP_NUM_THREADS ?= 1
+test: setup ## run the whole test suite on two workers; ARGS="-k name" picks tests
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check .
