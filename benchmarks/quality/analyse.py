@@ -5,7 +5,6 @@ python analyse.py --runs work/runs.jsonl --signals work/signals --save results -
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ OURS = (
 ABLATIONS = (
     "remaining@cosine_without_norm", "drop@cosine_without_norm", "transition@cosine_without_norm",
     "drop:first_raw", "drop:first_next", "drop:first_zero", "transition:first_raw", "transition:first_next",
-    "transition:first_zero", "drop:half", "drop@logit_lens:half", "transition:half", "transition:squared",
+    "transition:first_min", "transition:first_zero", "drop:half", "drop@logit_lens:half", "transition:half", "transition:squared",
     "relative_drop", "relative_drop@logit_lens", "change", "length:first_mean", "turn:first_mean",
 )  # fmt: skip
 RIVALS = (
@@ -245,7 +244,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for a compact copy of the evidence")
     parser.add_argument("--figures", type=Path)
     parser.add_argument(
-        "--weights", nargs="+", default=["uniform", "remaining", "drop", "transition"], help="choices shown in detail"
+        "--weights", nargs="+", default=["uniform", "transition", "transition:first_min"], help="shown in detail"
     )
     args = parser.parse_args()
     pairs = load(args.runs, args.signals)
@@ -267,7 +266,6 @@ def main() -> None:
         draw(pairs, names, args.figures)
     if args.save:
         compact(args.runs, args.signals, args.save)
-        (args.save / "pairs.json").write_text(json.dumps([[p.model, p.task] for p in pairs]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

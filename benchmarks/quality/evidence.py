@@ -61,6 +61,7 @@ FIRST = {  # what layer 0 gets instead of its own value, which leaving the embed
     "first_raw": lambda w: w[0],
     "first_mean": lambda w: w[1:].mean(),
     "first_next": lambda w: w[1],
+    "first_min": lambda w: w[1:].min(),
     "first_zero": lambda w: 0.0,
 }
 BY_ROW = ("block_influence", "length", "turn", "turn_without_norm", "length_without_norm")
