@@ -213,6 +213,18 @@ def test_every_later_call_keeps_the_chosen_kind(kwargs: dict[str, Any] | None, r
     assert not model.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"use_reentrant": True}])
+def test_checkpointing_that_is_on_already_is_switched_at_once(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    """With activation offloading nobody enables it again: the loader's call, reentrant or silent on it, would stay."""
+    model = tiny_llama_4bit(tmp_path)
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+    stop_backward(model, layers=model.model.layers, first_trainable=CUT)
+    step = take_step(add_lora(model, first_trainable=CUT))
+    assert_stopped(step)
+    assert step.recomputed == [5, 4]
+    assert len(step.gradients) == 28
+
+
 def test_every_n_layers_is_kept_when_stopping_is_repeated() -> None:
     model = tiny_llama()
     stop_backward(model, layers=model.model.layers, first_trainable=2)
@@ -373,18 +385,18 @@ def test_a_compiled_model_stops_at_the_cut_in_one_graph(checkpointing: dict[str,
         proof.check()
 
 
-@pytest.mark.parametrize("stop", [False, True])
-def test_where_compiled_code_runs_no_hook_the_model_itself_is_judged(stop: bool) -> None:
+@pytest.mark.parametrize("case", ["stopped", "input gradients", "trained below"])
+def test_where_compiled_code_runs_no_hook_the_model_itself_is_judged(case: str) -> None:
     """Layers that were compiled before the hooks came do not run them."""
     model = tiny_llama()
-    train_only(model, in_suffix)
+    train_only(model, lambda name: in_suffix(name) or (case == "trained below" and "layers.1.mlp" in name))
     model.enable_input_require_grads()
-    if stop:
+    if case != "input gradients":
         stop_backward(model, layers=model.model.layers, first_trainable=CUT)
     proof = attached(model)
     proof._handles.pop(0).remove()
     model(**token_batch()).loss.backward()
-    if stop:
+    if case == "stopped":
         assert proof.check() == []
     else:
         with pytest.raises(FrontierError, match="needs gradient, so the backward pass does not stop at the cut 4"):
@@ -601,6 +613,7 @@ def test_restoring_gives_the_stock_run_back(checkpointing: str, tmp_path: Path) 
     model = trained_embeddings(stop=True)
     assert "enable_input_require_grads" not in vars(model) and "gradient_checkpointing_enable" not in vars(model)
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [checkpointing != "none"] * NUM_LAYERS
+    assert len(model.get_input_embeddings()._forward_hooks) == 1, "one that the public method can remove again"
     ours, stock = take_step(model), take_step(trained_embeddings(stop=False))
     assert "model.embed_tokens.weight" in ours.gradients
     assert_same_gradients(ours, stock)
@@ -772,6 +785,15 @@ def test_the_proof_notices_input_gradients(mode: str, checkpointing: str, tmp_pa
     assert hooks_of(model) == before
 
 
+def test_the_proof_takes_only_the_leaf_of_the_boundary(tmp_path: Path) -> None:
+    model = build("full", tmp_path, checkpointing="reentrant", stop=True)
+    model.model.layers[CUT - 1].register_forward_hook(lambda _module, _args, output: output * 1)
+    proof = attached(model)
+    model(**token_batch()).loss.backward()
+    with pytest.raises(FrontierError, match="needs gradient, so the backward pass does not stop at the cut 4"):
+        proof.check()
+
+
 def test_the_proof_names_a_module_that_ran_without_gradient(full_model: Any) -> None:
     full_model.model.layers[5].mlp.register_forward_hook(lambda _module, _args, output: output.detach())
     proof = attached(full_model)
@@ -823,6 +845,8 @@ def test_the_proof_notices_a_fused_layer_that_trains_nothing(full_model: Any) ->
 
 def test_the_proof_needs_a_step(full_model: Any) -> None:
     proof = attached(full_model)
+    with torch.no_grad():
+        full_model(**token_batch())
     with pytest.raises(FrontierError, match=r"layer 3 \(model\.layers\.3\) did not run with gradients on"):
         proof.check()
     proof = attached(full_model, first_trainable=0)
