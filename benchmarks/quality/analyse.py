@@ -37,7 +37,8 @@ OURS = (
 ABLATIONS = (
     "remaining@cosine_without_norm", "drop@cosine_without_norm", "transition@cosine_without_norm",
     "drop:first_raw", "drop:first_next", "drop:first_zero", "transition:first_raw", "transition:first_next",
-    "transition:first_min", "transition:first_zero", "drop:half", "drop@logit_lens:half", "transition:half", "transition:squared",
+    "transition:first_min", "transition:first_zero",
+    "drop:half", "drop@logit_lens:half", "transition:half", "transition:squared",
     "relative_drop", "relative_drop@logit_lens", "change", "length:first_mean", "turn:first_mean",
 )  # fmt: skip
 RIVALS = (
