@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from axolotl_layersel.frontier import FirstStepProof, check_trainable
+from axolotl_layersel.frontier import stop_backward
 from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER, Plan, write_text
+from axolotl_layersel.proof import FirstStepProof, check_trainable
 from axolotl_layersel.stack import find_stack
 from axolotl_layersel.targets import expected_trainable
 
@@ -24,12 +25,14 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
         plan: the plan that the run applies; written into every checkpoint, so that a resumed run finds it.
         train_head: full fine-tuning also trains final norm and head.
         stops_backward: the backward pass ends at the cut, which the first step proves.
+        reentrant: checkpointing is reentrant, with a boundary at the cut.
     """
 
-    def __init__(self, plan: Plan, *, train_head: bool, stops_backward: bool) -> None:
+    def __init__(self, plan: Plan, *, train_head: bool, stops_backward: bool, reentrant: bool) -> None:
         self.plan = plan
         self.train_head = train_head
         self.stops_backward = stops_backward
+        self.reentrant = reentrant
         self.proof: FirstStepProof | None = None
         self.proved = False
 
@@ -46,10 +49,12 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
             train_head=self.train_head,
         )
         check_trainable(model, expected=expected)
+        k = self.plan.first_trainable if self.stops_backward else 0
+        stop_backward(model, layers=stack.layers, first_trainable=k, reentrant=self.reentrant)  # late wrappers too
         self.proof = FirstStepProof(
             model,
             layers=stack.layers,
-            first_trainable=self.plan.first_trainable if self.stops_backward else 0,
+            first_trainable=k,
             expected_trainable=expected,
         )
         self.proof.attach()

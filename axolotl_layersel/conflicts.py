@@ -129,10 +129,13 @@ def _notes(cfg: Mapping[str, Any]) -> Iterator[str]:
         )
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
     if cfg.get("gradient_checkpointing") and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"):
-        yield (
-            "`use_reentrant: true` is kept: the input of the first trained layer is made to require grad, and its "
-            "gradient is computed in vain; `use_reentrant: false` is cheaper."
-        )
+        if cfg.get("torch_compile"):
+            yield "`use_reentrant: true` is changed to false, because a compiled layer may lose the boundary at the cut."
+        else:
+            yield (
+                "`use_reentrant: true` is kept: the input of the first trained layer is made to require grad, and its "
+                "gradient is computed in vain; `use_reentrant: false` is cheaper."
+            )
 
 
 def _as_list(value: Any) -> list[Any]:

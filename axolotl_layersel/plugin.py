@@ -123,6 +123,7 @@ class LayerSelPlugin(BasePlugin):
                 current.plan,
                 train_head=current.train_head,
                 stops_backward=current.stops_backward,
+                reentrant=settings.reentrant(cfg),
             ),
             StepTimer(current.plan, trainer=trainer),
             tracker_callback(current.plan, settings.plan_path(cfg).parent, trainer=trainer),

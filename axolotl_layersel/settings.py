@@ -38,8 +38,12 @@ def autocast_of(cfg: Any) -> torch.dtype | None:
 
 
 def reentrant(cfg: Any) -> bool:
-    """Whether the user asked for reentrant checkpointing."""
-    return bool(cfg.gradient_checkpointing and (cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
+    """Whether reentrant checkpointing is kept: the user asked for it, and does not compile.
+
+    A compiled layer's frame may be used for another layer, without the boundary hook.
+    """
+    asked = cfg.gradient_checkpointing and (cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    return bool(asked and not cfg.torch_compile)
 
 
 def stops_backward(cfg: Any) -> bool:

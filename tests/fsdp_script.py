@@ -20,7 +20,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from axolotl_layersel.frontier import FirstStepProof, stop_backward
+from axolotl_layersel.frontier import stop_backward
+from axolotl_layersel.proof import FirstStepProof
 from axolotl_layersel.stack import find_stack
 from axolotl_layersel.targets import expected_trainable
 

@@ -55,6 +55,14 @@ def test_a_given_cut_needs_no_scoring_and_lifts_the_conflict(changes: dict) -> N
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "`use_reentrant: true` is kept",
         ),
+        (
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": True},
+                "torch_compile": True,
+            },
+            "`use_reentrant: true` is changed to false",
+        ),
     ],
 )
 def test_what_costs_the_saving_is_a_note(changes: dict, message: str) -> None:

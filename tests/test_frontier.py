@@ -39,16 +39,15 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from axolotl_layersel.frontier import (
-    FirstStepProof,
     FrontierError,
     boundary,
-    check_trainable,
     no_input_grads,
     normalise,
     obstacles,
     restore_backward,
     stop_backward,
 )
+from axolotl_layersel.proof import FirstStepProof, check_trainable
 from axolotl_layersel.stack import find_stack, unwrap
 
 NUM_LAYERS, CUT = 6, 4

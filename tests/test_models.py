@@ -26,10 +26,11 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from axolotl_layersel import run
 from axolotl_layersel.calibration import Row
-from axolotl_layersel.frontier import FirstStepProof, FrontierError, check_trainable, normalise, stop_backward
+from axolotl_layersel.frontier import FrontierError, normalise, stop_backward
 from axolotl_layersel.measurement import measure
 from axolotl_layersel.pipeline import score_layers
 from axolotl_layersel.plan import Plan
+from axolotl_layersel.proof import FirstStepProof, check_trainable
 from axolotl_layersel.stack import StackError, find_stack
 from axolotl_layersel.targets import expected_trainable, resolve_train_head
 from axolotl_layersel.trace import left_as_found

@@ -20,8 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from axolotl_layersel import run
-from axolotl_layersel.frontier import check_trainable
 from axolotl_layersel.plan import Plan
+from axolotl_layersel.proof import check_trainable
 from axolotl_layersel.stack import find_stack
 from axolotl_layersel.targets import expected_trainable, full_patterns, layer_of
 
