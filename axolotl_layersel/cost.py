@@ -1,15 +1,12 @@
 """What a cut costs: FLOPs, kept activations, trained parameters and optimizer state of a step, for every cut.
 
-`probe.py` says which products a layer multiplies and which gradients autograd asks for; here they are added up for
-the run's own mode and shapes. A product of N rows with an (inputs x outputs) matrix is 2 N inputs outputs FLOPs, once
-forward, once more where its input needs gradient, once more where its weight is trained; the two matrices of an adapter
-count like any others. Softmax attention multiplies all pairs of positions, masked or not, and fused kernels compute
-its scores once more in backward.
+`probe.py` says what a layer computes and which gradients autograd asks for, `flops.py` counts it, and here it is added
+up for the run's own mode and shape. Ratios are to training every decoder layer in the same mode, by the stock trainer.
 
-Counted are matrix products, convolutions and softmax attention: what bounds a step of a model that is wide enough.
-Norms, activations, rotary embeddings, recurrences of state-space layers and the optimizer's arithmetic are not. They
-belong to the trained layers more than to the frozen ones, so on narrow models a cut saves more time than FLOPs.
-Ratios are to training every decoder layer in the same mode, by the stock trainer. `plan.py` carries them.
+FLOPs alone are not time. Norms, activations and rotary embeddings have hardly any, and neither has an adapter, but all
+of them move bytes. `balance` weighs those: it is the FLOPs that a machine computes in the time in which it moves a byte
+(`balance.py` measures it), and ratios are then of FLOPs + balance * bytes. Balance 0, the default, gives ratios of
+FLOPs. Not counted: arithmetic of the optimizer, recurrences of state-space layers, kernels that fuse operations.
 """
 
 from __future__ import annotations
@@ -19,19 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from axolotl_layersel.probe import Attention, HeadProbe, LayerProbe, Product, StackProbe, probe_stack
+from axolotl_layersel.flops import StepShape as StepShape
+from axolotl_layersel.flops import backward_flops, forward_flops, head_flops, recomputed_flops
+from axolotl_layersel.probe import LayerProbe, StackProbe, probe_stack
 from axolotl_layersel.stack import DecoderStack
 from axolotl_layersel.watch import Case
 
 HEAD_SHARE_TOLD = 0.2  # from this share of a step on, `explain` says that the unembedding bounds the saving
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """One micro batch, padding included."""
-
-    batch: int  # rows
-    positions: int  # of a row
 
 
 @dataclass(frozen=True)
@@ -65,15 +56,25 @@ class StepCost:
 
     forward_flops: float
     backward_flops: float  # recomputation included
-    head_flops: float  # of both, what norm, unembedding and loss take
+    head_flops: float  # of both, what the unembedding takes
+    forward_moved: float  # bytes read and written by all operations
+    backward_moved: float  # bytes, recomputation included
+    head_moved: float  # bytes of both, what norm, unembedding and loss take
     saved_activation_bytes: float  # kept from forward for backward, parameters excluded
     trainable_parameters: int
     optimizer_bytes: float
 
-    @property
-    def flops(self) -> float:
-        """Of the whole step."""
-        return self.forward_flops + self.backward_flops
+    def forward(self, balance: float = 0.0) -> float:
+        """FLOPs and weighed bytes of the forward pass."""
+        return self.forward_flops + balance * self.forward_moved
+
+    def backward(self, balance: float = 0.0) -> float:
+        """FLOPs and weighed bytes of the backward pass."""
+        return self.backward_flops + balance * self.backward_moved
+
+    def step(self, balance: float = 0.0) -> float:
+        """FLOPs and weighed bytes of both passes."""
+        return self.forward(balance) + self.backward(balance)
 
 
 @dataclass(frozen=True)
@@ -81,20 +82,20 @@ class CutCost:
     """What training layers k..L-1 costs; ratios are to training every layer in the same mode."""
 
     first_trainable: int  # k
-    forward: float  # ratio of FLOPs; near 1, as frozen layers lack only their adapters
-    backward: float  # ratio of FLOPs
-    step: float  # ratio of FLOPs
+    forward: float  # ratio of FLOPs, with a balance also of bytes; near 1, as frozen layers lack only their adapters
+    backward: float  # ratio, likewise
+    step: float  # ratio, likewise
     saved_activation_bytes: float  # ratio
     trainable_parameters: float  # ratio
     optimizer_bytes: float  # ratio
-    head_share: float  # share of this cut's FLOPs that the unembedding takes, whatever the cut
+    head_share: float  # share of this cut's step that the unembedding takes, whatever the cut
     floor: float  # step ratio that no cut can go below: everything forward, and back to the last layer's output
     cut: StepCost  # in FLOPs, bytes and numbers
     all_layers: StepCost  # what the ratios are to
 
 
 def cut_costs(
-    stack: DecoderStack, *, mode: Mode, shape: StepShape, autocast: torch.dtype | None = None
+    stack: DecoderStack, *, mode: Mode, shape: StepShape, autocast: torch.dtype | None = None, balance: float = 0.0
 ) -> list[CutCost]:
     """The cost of every cut k = 0..L-1, from the model's own shapes and a short forward pass.
 
@@ -103,11 +104,12 @@ def cut_costs(
         mode: of the run.
         shape: of its micro batches.
         autocast: the trainer's autocast dtype, None for full precision.
+        balance: FLOPs per byte of the machine; 0 compares FLOPs alone.
 
     Raises:
         ValueError: the model carries adapters, or the mode's target modules match nothing.
     """
-    return price_cuts(probe_mode(stack, mode=mode, autocast=autocast), mode=mode, shape=shape)
+    return price_cuts(probe_mode(stack, mode=mode, autocast=autocast), mode=mode, shape=shape, balance=balance)
 
 
 def probe_mode(stack: DecoderStack, *, mode: Mode, autocast: torch.dtype | None = None) -> StackProbe:
@@ -123,26 +125,25 @@ def probe_mode(stack: DecoderStack, *, mode: Mode, autocast: torch.dtype | None 
     )
 
 
-def price_cuts(probe: StackProbe, *, mode: Mode, shape: StepShape) -> list[CutCost]:
+def price_cuts(probe: StackProbe, *, mode: Mode, shape: StepShape, balance: float = 0.0) -> list[CutCost]:
     """The cost of every cut k = 0..L-1, from measurements of the same mode."""
-    stock = dataclasses.replace(mode, stop_backward=False)
-    base = step_cost(probe, mode=stock, shape=shape, first_trainable=0)
-    head = head_flops(probe.head, mode=mode, shape=shape)
-    floor = sum(_forward(layer, shape, trained=False) for layer in probe.layers) + sum(head)
+    base = step_cost(probe, mode=dataclasses.replace(mode, stop_backward=False), shape=shape, first_trainable=0)
+    frozen = sum(forward_flops(layer, shape, trained=False) for layer in probe.layers)
+    frozen += balance * sum(_moved(layer, shape, "passed")[0] for layer in probe.layers)
     costs = []
     for k in range(len(probe.layers)):
         cut = step_cost(probe, mode=mode, shape=shape, first_trainable=k)
         costs.append(
             CutCost(
                 first_trainable=k,
-                forward=cut.forward_flops / base.forward_flops,
-                backward=cut.backward_flops / base.backward_flops,
-                step=cut.flops / base.flops,
+                forward=cut.forward(balance) / base.forward(balance),
+                backward=cut.backward(balance) / base.backward(balance),
+                step=cut.step(balance) / base.step(balance),
                 saved_activation_bytes=cut.saved_activation_bytes / base.saved_activation_bytes,
                 trainable_parameters=cut.trainable_parameters / base.trainable_parameters,
                 optimizer_bytes=cut.optimizer_bytes / base.optimizer_bytes,
-                head_share=cut.head_flops / cut.flops,
-                floor=floor / base.flops,
+                head_share=(cut.head_flops + balance * cut.head_moved) / cut.step(balance),
+                floor=(frozen + base.head_flops + balance * base.head_moved) / base.step(balance),
                 cut=cut,
                 all_layers=base,
             )
@@ -153,106 +154,58 @@ def price_cuts(probe: StackProbe, *, mode: Mode, shape: StepShape) -> list[CutCo
 def step_cost(probe: StackProbe, *, mode: Mode, shape: StepShape, first_trainable: int) -> StepCost:
     """FLOPs and bytes of one step that trains layers k..L-1. k = 0 stops nothing, so gradients reach the embeddings."""
     through = first_trainable == 0 or not mode.stop_backward
-    forward = backward = saved = shared = 0.0
-    parameters = 0
+    size = {"batch": shape.batch, "positions": shape.positions}
+    forward, backward = head_flops(probe.head, shape, trained=mode.train_norm_and_head)
+    forward_moved, backward_moved = probe.head.forward_moved.at(**size), probe.head.backward_moved.at(**size)
+    head, head_moved = forward + backward, forward_moved + backward_moved
+    saved, shared = probe.head.saved.at(**size), 0.0
+    parameters = probe.head.parameters if mode.train_norm_and_head else 0
     for index, layer in enumerate(probe.layers):
         trained = index >= first_trainable
-        forward += _forward(layer, shape, trained=trained)
-        if trained:
-            parameters += _trained_parameters(layer, mode)
-        elif not through:
-            continue
         leaf = index == first_trainable and not through and not (mode.checkpointing and mode.reentrant)
         case: Case = "passed" if not trained else "first" if leaf else "trained"
-        backward += _backward(layer, shape, mode=mode, case=case)
+        moved = _moved(layer, shape, case)
+        forward += forward_flops(layer, shape, trained=trained)
+        forward_moved += moved[0]
+        if not (trained or through):
+            continue
+        parameters += _trained_parameters(layer, mode) if trained else 0
+        backward += backward_flops(layer, shape, case=case, full=not mode.adapter)
+        backward_moved += moved[1]
         if mode.checkpointing:
+            backward += recomputed_flops(layer, shape, case=case, reentrant=mode.reentrant)
+            backward_moved += moved[0]
             saved += layer.input_bytes * shape.batch * shape.positions
         else:
-            saved += layer.passes[case].saved.at(batch=shape.batch, positions=shape.positions)
+            saved += layer.passes[case].saved.at(**size)
             shared = max(shared, layer.passes[case].shared.at(batch=1, positions=shape.positions))
-    saved += shared + probe.head.saved.at(batch=shape.batch, positions=shape.positions)
-    head_forward, head_backward = head_flops(probe.head, mode=mode, shape=shape)
-    parameters += probe.head.parameters if mode.train_norm_and_head else 0
     return StepCost(
-        forward_flops=forward + head_forward,
-        backward_flops=backward + head_backward,
-        head_flops=head_forward + head_backward,
-        saved_activation_bytes=saved,
+        forward_flops=forward,
+        backward_flops=backward,
+        head_flops=head,
+        forward_moved=forward_moved,
+        backward_moved=backward_moved,
+        head_moved=head_moved,
+        saved_activation_bytes=saved + shared,
         trainable_parameters=parameters,
         optimizer_bytes=parameters * mode.optimizer_bytes_per_parameter,
     )
-
-
-def head_flops(head: HeadProbe, *, mode: Mode, shape: StepShape) -> tuple[float, float]:
-    """(forward, backward) FLOPs of the unembedding; backward always reaches its input."""
-    product = 2.0 * shape.batch * shape.positions * head.hidden * head.vocabulary
-    return product, product * (2 if mode.train_norm_and_head else 1)
-
-
-def product_flops(product: Product, shape: StepShape) -> float:
-    """FLOPs of one product with the bare matrix, or matrices of the active experts."""
-    return 2.0 * product.rows * shape.batch * shape.positions * product.inputs * product.outputs
-
-
-def attention_flops(attention: Attention, shape: StepShape) -> tuple[float, float]:
-    """(forward, backward) FLOPs over all pairs of positions: two products forward, four or five backward."""
-    pairs = 2.0 * shape.batch * shape.positions**2 * attention.heads
-    scores, sums = pairs * attention.query_size, pairs * attention.value_size
-    return scores + sums, 2 * (scores + sums) + (scores if attention.recomputes else 0.0)
 
 
 def explain(cost: CutCost, *, num_layers: int) -> str:
     """The prediction for one cut in a sentence or two, for a log or a report."""
     trained = f"decoder layers {cost.first_trainable} to {num_layers - 1} of {num_layers}"
     said = (
-        f"Predicted for training {trained}, against training all of them: {cost.step:.2f} of the FLOPs of a step "
+        f"Predicted for training {trained}, against training all of them: {cost.step:.2f} of the work of a step "
         f"(forward {cost.forward:.2f}, backward {cost.backward:.2f}), {cost.saved_activation_bytes:.2f} of the "
         f"activations kept for backward, {cost.optimizer_bytes:.2f} of the optimizer state."
     )
     if cost.head_share >= HEAD_SHARE_TOLD:
         said += (
-            f" The unembedding takes {cost.head_share:.2f} of the FLOPs that are left and is the same for every cut; "
+            f" The unembedding takes {cost.head_share:.2f} of the work that is left and is the same for every cut; "
             f"no cut can bring a step below {cost.floor:.2f}."
         )
     return said
-
-
-def _forward(layer: LayerProbe, shape: StepShape, *, trained: bool) -> float:
-    chosen = layer.passes["trained" if trained else "passed"]
-    flops = sum(attention_flops(attention, shape)[0] for attention in chosen.attention)
-    for product in chosen.products:
-        flops += product_flops(product, shape) + (_adapter_flops(product, shape)[0] if trained else 0.0)
-    return flops
-
-
-def _backward(layer: LayerProbe, shape: StepShape, *, mode: Mode, case: Case) -> float:
-    """Gradients, and what checkpointing recomputes for them."""
-    chosen, trained = layer.passes[case], case != "passed"
-    flops = sum(attention_flops(attention, shape)[1] for attention in chosen.attention if attention.backward)
-    for product in chosen.products:
-        weight_grad = trained and not mode.adapter
-        flops += product_flops(product, shape) * (product.input_grad + weight_grad)
-        flops += _adapter_flops(product, shape)[1] if trained else 0.0
-    if mode.checkpointing:
-        flops += _forward(layer, shape, trained=trained)
-        if (last := chosen.unrepeated) is not None and not mode.reentrant:
-            flops -= _rank_flops(last, shape)[1] if trained and last.rank else product_flops(last, shape)
-    return flops
-
-
-def _adapter_flops(product: Product, shape: StepShape) -> tuple[float, float]:
-    """(forward, backward) FLOPs of the adapter of a product, 0 without one."""
-    if product.stacked and product.rank:
-        multiplied = 2.0 * product.modules * product.rank * product.inputs * product.outputs
-        return multiplied, 2 * multiplied + product_flops(product, shape)
-    down, up = _rank_flops(product, shape)
-    return down + up, 2 * up + down * (1 + product.input_grad)
-
-
-def _rank_flops(product: Product, shape: StepShape) -> tuple[float, float]:
-    """FLOPs into the rank of an adapter, and out of it."""
-    rows = 2.0 * product.rows * shape.batch * shape.positions * product.rank
-    return rows * product.inputs, rows * product.outputs
 
 
 def _trained_parameters(layer: LayerProbe, mode: Mode) -> int:
@@ -260,3 +213,9 @@ def _trained_parameters(layer: LayerProbe, mode: Mode) -> int:
         return layer.parameters
     products = layer.passes["trained"].products
     return sum(product.modules * product.rank * (product.inputs + product.outputs) for product in products)
+
+
+def _moved(layer: LayerProbe, shape: StepShape, case: Case) -> tuple[float, float]:
+    """Bytes that a layer moves forward and backward."""
+    chosen, size = layer.passes[case], {"batch": shape.batch, "positions": shape.positions}
+    return chosen.forward_moved.at(**size), chosen.backward_moved.at(**size)

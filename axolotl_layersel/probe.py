@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from axolotl_layersel.stack import DecoderStack, unwrap
 from axolotl_layersel.trace import left_as_found
-from axolotl_layersel.watch import CASES, Case, Run, capture, head_bytes
+from axolotl_layersel.watch import CASES, Case, Run, capture, run_head
 from axolotl_layersel.weights import Matrix, linear_shape, with_adapters
 
 _LENGTH = 64  # the chunk size of linear attention; one, two and three times this length fix a quadratic
@@ -72,6 +72,8 @@ class LayerPass:
 
     products: tuple[Product, ...]
     attention: tuple[Attention, ...]
+    forward_moved: Growth  # read and written by all operations
+    backward_moved: Growth
     saved: Growth  # kept for backward: no parameters, nothing that all layers share
     shared: Growth  # kept once for all layers and rows, such as rotary embeddings
     unrepeated: Product | None  # non-reentrant checkpointing leaves it out: nothing after it is kept
@@ -94,6 +96,8 @@ class HeadProbe:
     vocabulary: int  # V
     parameters: int  # of norm and unembedding
     saved: Growth
+    forward_moved: Growth
+    backward_moved: Growth
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def probe_stack(
     kinds = [_kind(stack, i, config, matrices[i]) for i in range(stack.num_layers)]
     chosen = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
     runs: dict[tuple[int, Case], list[Run]] = {(i, case): [] for i in chosen.values() for case in CASES}
-    read_out: list[float] = []
+    read_out: list[tuple[int, int, int]] = []
     unit = min(_LENGTH, (getattr(config, "max_position_embeddings", None) or 3 * _LENGTH) // 3)
     lengths = (unit, 2 * unit, 3 * unit)
     with left_as_found(stack.backbone, autocast=autocast):
@@ -143,7 +147,7 @@ def probe_stack(
                 run = Run(unwrap(stack.layers[index]), matrices[index], calls[index], case=case)
                 run.go(full=not rank, dropout=dropout)
                 runs[index, case].append(run)
-            read_out.append(head_bytes(stack, config, calls[0].state, train_head=train_head))
+            read_out.append(run_head(stack, config, calls[0].state, train_head=train_head))
     probes = {}
     for kind, i in chosen.items():
         layer = unwrap(stack.layers[i])
@@ -154,7 +158,8 @@ def probe_stack(
         )
     hidden, vocabulary = linear_shape(stack.head)
     parameters = sum(p.numel() for part in (stack.final_norm, stack.head) for p in part.parameters())
-    head = HeadProbe(hidden=hidden, vocabulary=vocabulary, parameters=parameters, saved=_fit(read_out, unit))
+    saved, forward, backward = (_fit(sizes, unit) for sizes in zip(*read_out, strict=True))
+    head = HeadProbe(hidden, vocabulary, parameters, saved=saved, forward_moved=forward, backward_moved=backward)
     return StackProbe(layers=tuple(probes[kind] for kind in kinds), head=head)
 
 
@@ -198,8 +203,20 @@ def _layer_pass(runs: Sequence[Run], unit: int, config: Any) -> LayerPass:
             unrepeated = product
     saved = _fit([run.kept_bytes() for run in runs], unit)
     attention = tuple(_attention(longest, config, kept=saved.per_pair / longest.state.element_size()))
-    shared = _fit([sum(run.saved.shared_bytes.values()) for run in runs], unit)
-    return LayerPass(tuple(products), attention, saved=saved, shared=shared, unrepeated=unrepeated)
+    if any(product.modules > 1 for product in products) and all(one.recomputes for one in attention):
+        # Few positions reach few experts, which bends the curve without being quadratic.
+        linear, saved = True, _fit([run.kept_bytes() for run in runs], unit, linear=True)
+    else:
+        linear = False
+    return LayerPass(
+        products=tuple(products),
+        attention=attention,
+        forward_moved=_fit([run.forward_moved for run in runs], unit, linear=linear),
+        backward_moved=_fit([run.backward_moved for run in runs], unit, linear=linear),
+        saved=saved,
+        shared=_fit([sum(run.saved.shared_bytes.values()) for run in runs], unit),
+        unrepeated=unrepeated,
+    )
 
 
 def _attention(run: Run, config: Any, *, kept: float) -> Iterator[Attention]:
@@ -225,9 +242,9 @@ def _attention(run: Run, config: Any, *, kept: float) -> Iterator[Attention]:
         )
 
 
-def _fit(sizes: Sequence[float], unit: int) -> Growth:
-    """The polynomial through the bytes at one, two and three times `unit` positions."""
+def _fit(sizes: Sequence[float], unit: int, *, linear: bool = False) -> Growth:
+    """The polynomial through the bytes at one, two and three times `unit` positions, or the line through the last."""
     one, two, three = sizes
-    pair = (three - 2 * two + one) / (2 * unit**2)
-    position = (two - one) / unit - 3 * unit * pair
-    return Growth(constant=one - unit * position - unit**2 * pair, per_position=position, per_pair=pair)
+    pair = 0.0 if linear else (three - 2 * two + one) / (2 * unit**2)
+    position = (three - two) / unit - 5 * unit * pair
+    return Growth(constant=three - 3 * unit * position - 9 * unit**2 * pair, per_position=position, per_pair=pair)

@@ -2,8 +2,8 @@
 
 Which products need a gradient towards their input, in which order they come and which tensors stay for backward is
 autograd's own answer, not derived from names. Adapters do not exist yet when a cut is chosen, so LoRA's two small
-products are put behind the targeted modules for the occasion. The layer is left as found, no parameter is copied, and
-nothing is computed backward. `probe.py` decides what to run and sums up.
+products are put behind the targeted modules for the occasion. The layer is left as found: no parameter is copied, no
+gradient is kept. `probe.py` decides what to run and sums up.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from axolotl_layersel.stack import DecoderStack, first_tensor
 from axolotl_layersel.weights import Matrix
@@ -93,8 +94,38 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+class _Moved(TorchDispatchMode):
+    """Adds up the bytes of the tensors that operations read and write; views and allocations move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        returned = func._schema.returns
+        view = any(one.alias_info is not None and not one.alias_info.is_write for one in returned)
+        if not view and func.overloadpacket not in _MOVES_NOTHING:
+            tensors = [t for t in pytree.tree_leaves((args, kwargs, output)) if isinstance(t, Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return output
+
+
+_MOVES_NOTHING = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like}
+
+
+def _backward(output: Any, leaves: Iterable[Tensor]) -> int:
+    """Bytes that the backward pass of a layer moves, for all leaves that need a gradient."""
+    result, wanted = first_tensor(output), [leaf for leaf in leaves if leaf.requires_grad]
+    moved = _Moved()
+    with moved:
+        if result.requires_grad:
+            torch.autograd.grad(result, wanted, torch.zeros_like(result), allow_unused=True)
+    return moved.bytes
+
+
 class Run:
-    """One forward pass of one layer in one case, watched."""
+    """One forward and backward pass of one layer in one case, watched."""
 
     def __init__(self, layer: nn.Module, matrices: Sequence[Matrix], call: Call, *, case: Case) -> None:
         self.layer, self.matrices, self.call, self.case = layer, matrices, call, case
@@ -122,8 +153,12 @@ class Run:
             args, kwargs = pytree.tree_map(lambda item: state if item is self.state else item, call)
             stacked = [m.stacked for m in self.matrices if m.stacked is not None and (full or m.rank)]
             learnt = [*self.layer.parameters()] if full else stacked
-            with _in_training(self.layer, learnt if trained else []), self.saved.hooks():
-                self.layer(*args, **kwargs)
+            with _in_training(self.layer, learnt if trained else []):
+                with self.saved.hooks(), _Moved() as moved:
+                    output = self.layer(*args, **kwargs)
+                self.forward_moved = moved.bytes
+                leaves = [state, *self.layer.parameters(), *(one for pair in pairs.values() for one in pair)]
+                self.backward_moved = _backward(output, leaves)
         finally:
             for handle in handles:
                 handle.remove()
@@ -182,17 +217,19 @@ def _in_training(module: nn.Module, learnt: Iterable[Tensor]) -> Iterator[None]:
             vars(part)["gradient_checkpointing"] = True
 
 
-def head_bytes(stack: DecoderStack, config: Any, state: Tensor, *, train_head: bool) -> float:
-    """What norm, unembedding and cross-entropy keep for the states of one short row."""
-    saved = _Saved(ours=[p for part in (stack.final_norm, stack.head) for p in part.parameters()])
+def run_head(stack: DecoderStack, config: Any, state: Tensor, *, train_head: bool) -> tuple[int, int, int]:
+    """Norm, unembedding and cross-entropy of one short row: bytes kept for backward, moved forward, moved backward."""
+    weights = [parameter for part in (stack.final_norm, stack.head) for parameter in part.parameters()]
+    saved = _Saved(ours=weights)
     cap = getattr(config, "final_logit_softcapping", None)
+    state = state.detach().requires_grad_(True)
     with (
         _in_training(stack.final_norm, stack.final_norm.parameters() if train_head else ()),
         _in_training(stack.head, stack.head.parameters() if train_head else ()),
-        saved.hooks(),
     ):
-        logits_NV = stack.head(stack.final_norm(state.detach().requires_grad_(True)))[0].float()
-        if cap:
-            logits_NV = torch.tanh(logits_NV / cap) * cap
-        F.cross_entropy(logits_NV, torch.zeros(len(logits_NV), dtype=torch.long, device=logits_NV.device))
-    return float(sum(saved.bytes.values()))
+        with saved.hooks(), _Moved() as moved:
+            logits_NV = stack.head(stack.final_norm(state))[0].float()
+            if cap:
+                logits_NV = torch.tanh(logits_NV / cap) * cap
+            loss = F.cross_entropy(logits_NV, torch.zeros(len(logits_NV), dtype=torch.long, device=logits_NV.device))
+        return sum(saved.bytes.values()), moved.bytes, _backward(loss, [state, *weights])

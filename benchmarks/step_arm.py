@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from axolotl_layersel.cost import Mode, StepShape, price_cuts, probe_mode, product_flops
+from axolotl_layersel.balance import measure_balance
+from axolotl_layersel.cost import Mode, price_cuts, probe_mode
+from axolotl_layersel.flops import StepShape, product_flops
 from axolotl_layersel.frontier import stop_backward
 from axolotl_layersel.stack import DecoderStack, find_stack
 
@@ -74,6 +76,15 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """Of forward and backward pass."""
+
+    flops: float
+    moved: float  # bytes
+    saved: float | None  # bytes
+
+
+@dataclass(frozen=True)
 class Step:
     """One measured training step, in seconds."""
 
@@ -116,27 +127,36 @@ class Trainee:
         self.generator = torch.Generator().manual_seed(SEED)
         self.peak = 0
 
-    def predict(self, arms: Sequence[Arm]) -> dict[Arm, tuple[float, float | None]]:
-        """FLOPs, and saved bytes where `cost.py` predicts them, before anything is prepared for training."""
+    def predict(self, arms: Sequence[Arm]) -> dict[Arm, Prediction]:
+        """What `cost.py` says of every arm, before anything is prepared for training."""
         stack = find_stack(self.model)
         mode = mode_of(self.setting, stack)
         probe = probe_mode(stack, mode=mode, autocast=self.autocast)
         shape = StepShape(self.setting.batch, self.setting.sequence)
         ours = price_cuts(probe, mode=mode, shape=shape)
         stock = price_cuts(probe, mode=replace(mode, stop_backward=False), shape=shape)
-        found: dict[Arm, tuple[float, float | None]] = {}
+        found: dict[Arm, Prediction] = {}
         for arm in arms:
             stops = arm.name == "ours" or (self.setting.mode == "full" and not self.setting.checkpointing)
             cost = (ours if stops else stock)[arm.first_trainable].cut
-            found[arm] = cost.flops, cost.saved_activation_bytes
-            if arm.name == "spectrum":
-                flops = cost.flops
+            moved = cost.forward_moved + cost.backward_moved
+            found[arm] = Prediction(cost.forward_flops + cost.backward_flops, moved, cost.saved_activation_bytes)
+            if arm.name == "spectrum":  # all layers, without the gradients of the weights that it freezes
+                numbers = flops = 0.0
                 for index, layer in enumerate(probe.layers):
                     for product in layer.passes["trained"].products:
                         if (index, product.name) not in spectrum_pattern(stack):
-                            flops -= product_flops(product, shape)
-                found[arm] = flops, None
+                            rows = product.rows * shape.batch * shape.positions
+                            flops += product_flops(product, shape)
+                            numbers += rows * (product.inputs + product.outputs) + product.inputs * product.outputs
+                size = DTYPES[self.setting.dtype].itemsize
+                found[arm] = Prediction(found[arm].flops - flops, moved - numbers * size, None)
         return found
+
+    def balance(self) -> float:
+        """FLOPs per byte of the machine at the model's sizes, now."""
+        rows, width = self.setting.batch * self.setting.sequence, self.model.config.hidden_size
+        return measure_balance(rows=rows, width=width, device=self.device, dtype=DTYPES[self.setting.dtype])
 
     def prepare(self) -> None:
         """Set what is trained, and let gradients flow as the arm does."""
