@@ -130,7 +130,7 @@ def _notes(cfg: Mapping[str, Any]) -> Iterator[str]:
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
     if cfg.get("gradient_checkpointing") and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"):
         if cfg.get("torch_compile"):
-            yield "`use_reentrant: true` is changed to false, because a compiled layer may lose the boundary at the cut."
+            yield "`use_reentrant: true` is changed to false: a compiled layer may lose the boundary at the cut."
         else:
             yield (
                 "`use_reentrant: true` is kept: the input of the first trained layer is made to require grad, and its "
