@@ -94,7 +94,7 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _Moved(TorchDispatchMode):
+class Moved(TorchDispatchMode):
     """Adds up the bytes of the tensors that operations read and write; views and allocations move nothing."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ _MOVES_NOTHING = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.a
 def _backward(output: Any, leaves: Iterable[Tensor]) -> int:
     """Bytes that the backward pass of a layer moves, for all leaves that need a gradient."""
     result, wanted = first_tensor(output), [leaf for leaf in leaves if leaf.requires_grad]
-    moved = _Moved()
+    moved = Moved()
     with moved:
         if result.requires_grad:
             torch.autograd.grad(result, wanted, torch.zeros_like(result), allow_unused=True)
@@ -154,7 +154,7 @@ class Run:
             stacked = [m.stacked for m in self.matrices if m.stacked is not None and (full or m.rank)]
             learnt = [*self.layer.parameters()] if full else stacked
             with _in_training(self.layer, learnt if trained else []):
-                with self.saved.hooks(), _Moved() as moved:
+                with self.saved.hooks(), Moved() as moved:
                     output = self.layer(*args, **kwargs)
                 self.forward_moved = moved.bytes
                 leaves = [state, *self.layer.parameters(), *(one for pair in pairs.values() for one in pair)]
@@ -227,7 +227,7 @@ def run_head(stack: DecoderStack, config: Any, state: Tensor, *, train_head: boo
         _in_training(stack.final_norm, stack.final_norm.parameters() if train_head else ()),
         _in_training(stack.head, stack.head.parameters() if train_head else ()),
     ):
-        with saved.hooks(), _Moved() as moved:
+        with saved.hooks(), Moved() as moved:
             logits_NV = stack.head(stack.final_norm(state))[0].float()
             if cap:
                 logits_NV = torch.tanh(logits_NV / cap) * cap

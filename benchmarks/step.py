@@ -130,7 +130,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cuts", type=words(), default=["0", "0.25", "0.5", "0.75", "last"], help="frozen shares, last"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after two to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after two to warm up")
     parser.add_argument("--resident", type=int, default=0, help="most processes at a time; 0: all, 3 on a GPU")
     parser.add_argument("--json", default="", help="also write every number to this file")
     options = parser.parse_args(argv)

@@ -156,7 +156,9 @@ class Trainee:
     def balance(self) -> float:
         """FLOPs per byte of the machine at the model's sizes, now."""
         rows, width = self.setting.batch * self.setting.sequence, self.model.config.hidden_size
-        return measure_balance(rows=rows, width=width, device=self.device, dtype=DTYPES[self.setting.dtype])
+        return measure_balance(
+            rows=rows, width=width, rank=self.setting.rank, device=self.device, dtype=DTYPES[self.setting.dtype]
+        )
 
     def prepare(self) -> None:
         """Set what is trained, and let gradients flow as the arm does."""
