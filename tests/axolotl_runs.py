@@ -236,6 +236,8 @@ def start(command: list[str], log: Path, *, env: Mapping[str, str] | None = None
             env=environment(**(env or {})),
             cwd=cwd or log.parent,
             start_new_session=True,
+            # A shell that starts the tests in the background lets them ignore Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     return Running(process, log, time.monotonic())
 
