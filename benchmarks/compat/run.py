@@ -185,7 +185,7 @@ LEFT_OUT = re.compile(
     r"|wandb|swanlab|use_swanlab|hub_|bfloat16|fp16|float16|fp8|device_map|activation_offloading|model_type"
     r"|tokenizer_|trust_remote|revision|is_llama|evals_per|eval_|evaluation_|early_stopping|saves_per|save_|val_set"
     r"|test_datasets|resume|auto_resume|warmup|batch_size|unfrozen_parameters|model_config|experimental_|low_cpu|hf_use"
-    r"|load_best|load_in_8bit|max_packed|peft$|loss_watchdog|resize_token|ddp"
+    r"|load_best|load_in_8bit|max_packed|peft$|model_quantization|do_causal|loss_watchdog|resize_token|ddp"
 )
 TURNS = ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|eot_id|>", "<|start_header_id|>"]
 TURNS += ["<|end_header_id|>", "<|begin_of_text|>", "<|end|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
