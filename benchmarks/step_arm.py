@@ -116,6 +116,8 @@ class Trainee:
         self.setting, self.arm = setting, arm
         self.device = torch.device(setting.device)
         self.cuda = self.device.type == "cuda"
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
         config = read_config(setting.model)
         torch.manual_seed(SEED)
         with self.device:
@@ -267,9 +269,8 @@ def quantise(model: Any, stack: DecoderStack) -> None:
         for name in linear_names(layer):
             old: Any = layer.get_submodule(name)
             device, dtype = old.weight.device, old.weight.dtype
-            new = Linear4bit(
-                old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=dtype, quant_type="nf4"
-            )
+            with torch.device("meta"):  # its own weight is replaced at once
+                new = Linear4bit(old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=dtype)
             new.weight = Params4bit(old.weight.detach(), requires_grad=False, quant_type="nf4")
             new.bias = old.bias
             parent, _, leaf = name.rpartition(".")
