@@ -41,6 +41,7 @@ def attention_flops(attention: Attention, shape: StepShape) -> tuple[float, floa
 
 
 def forward_flops(layer: LayerProbe, shape: StepShape, *, trained: bool) -> float:
+    """FLOPs of a layer's forward pass, its adapters included where it is trained."""
     chosen = layer.passes["trained" if trained else "passed"]
     flops = sum(attention_flops(attention, shape)[0] for attention in chosen.attention)
     for product in chosen.products:
