@@ -266,6 +266,7 @@ def complete(cfg: Any, model: nn.Module, plan: Plan, updates: Mapping[str, Any])
     mode = mode_of(
         cfg,
         module_names=[name for name, _ in model.named_modules()],
+        expert_parameters=updates.get("lora_target_parameters") or (),
         train_head=trains_head(cfg, stack),
         stops_backward=stops_backward(cfg),
     )

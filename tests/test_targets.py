@@ -20,6 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from axolotl_layersel import run
+from axolotl_layersel.cost import StepShape, cut_costs
+from axolotl_layersel.forecast import mode_of
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.proof import check_trainable
 from axolotl_layersel.stack import find_stack
@@ -145,6 +147,23 @@ def test_fused_experts_get_adapters_in_the_plan_s_layers_alone(name: str, option
     ranks = {n: p.shape for n, p in load_lora(tiny(name), DictDefault({**BASE, **options}))[0].named_parameters()}
     model = load_lora(tiny(name), DictDefault({**BASE, **options, **updates}))[0]
     assert all(p.shape == ranks[n] for n, p in model.named_parameters() if n in ours)
+
+
+@pytest.mark.parametrize("key", ["full suffix", "short", "Qwen3-MoE", "gpt-oss"])
+def test_the_prediction_counts_the_adapters_of_experts(key: str) -> None:
+    name, options = EXPERTS[key]
+    cfg, model = DictDefault({**BASE, **options}), tiny(name)
+    updates = updates_of(cfg, model, 2)
+    mode = mode_of(
+        cfg,
+        module_names=[name for name, _ in model.named_modules()],
+        expert_parameters=updates.get("lora_target_parameters") or (),
+        train_head=False,
+        stops_backward=True,
+    )
+    cost = cut_costs(find_stack(model), mode=mode, shape=StepShape(batch=1, positions=8))[2]
+    real, _ = load_lora(tiny(name), DictDefault({**BASE, **options, **updates}))
+    assert cost.cut.trainable_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
 
 
 def test_vision_towers_get_no_adapters() -> None:
