@@ -32,6 +32,8 @@ from transformers import (
 SIZES = {  # hidden size, feed-forward size of a gated MLP, layers, heads
     "quick": (64, 176, 12, 2),
     "cpu": (192, 512, 12, 6),
+    "cpu-deep": (192, 512, 16, 6),
+    "cpu-wide": (224, 608, 12, 7),
     "gpu-60m": (512, 1408, 12, 8),
     "gpu-150m": (768, 2048, 16, 12),
 }
