@@ -163,11 +163,7 @@ def _check_types(values: dict[str, Any], source: str) -> None:
 
 
 def _numbers(values: Any, length: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == length
-        and all(_finite(value) for value in values)
-    )
+    return isinstance(values, list) and len(values) == length and all(_finite(value) for value in values)
 
 
 def _finite(value: Any) -> bool:
