@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from axolotl.loaders import load_tokenizer
@@ -40,6 +41,7 @@ from axolotl_layersel.stack import DecoderStack, find_stack
 from axolotl_layersel.trace import left_as_found
 
 LOG = get_logger("axolotl.integrations.layersel")
+SCORED_FILE = "plan.scored.json"  # an earlier run's, where this one was given its cut
 
 
 def claim(cfg: Any) -> None:
@@ -285,6 +287,7 @@ def complete(cfg: Any, model: nn.Module, plan: Plan, updates: Mapping[str, Any])
 def publish(cfg: Any, plan: Plan, *, config_as_written: Mapping[str, Any]) -> None:
     """Write plan, recipe and report, and print the table; only the main process does this."""
     path = plan_path(cfg)
+    _keep_scores(path, plan)
     write_text(path, plan.to_json())
     config_text = recipe_text(config_as_written, plan)
     write_text(path.with_name(RECIPE_FILE), config_text)
@@ -292,3 +295,15 @@ def publish(cfg: Any, plan: Plan, *, config_as_written: Mapping[str, Any]) -> No
         write_report(plan, path.parent, config_text=config_text)
     print_plan(plan)
     LOG.info("layersel: the plan is %s", path)
+
+
+def _keep_scores(path: Path, plan: Plan) -> None:
+    """Move the scored plan of an earlier run aside before a plan without scores takes its place."""
+    try:
+        earlier = read_plan(path)
+    except PlanError:  # none, or nothing that could be read again
+        return
+    if earlier.deviation is not None and plan.deviation is None:
+        kept = path.with_name(SCORED_FILE)
+        path.replace(kept)
+        LOG.info("layersel: this cut was given, so nothing is scored; the scores of the earlier run are now %s", kept)

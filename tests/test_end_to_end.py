@@ -154,9 +154,12 @@ def test_a_saved_plan_and_a_cut_by_hand_score_nothing(tmp_path: Path, run_inputs
     again = _run(tmp_path / "b", run_inputs, max_steps=1, layersel={"plan": str(first.out)})
     assert again.plan["first_trainable"] == first.plan["first_trainable"]
     assert again.plan["deviation"] == first.plan["deviation"]
-    by_hand = _run(tmp_path / "c", run_inputs, max_steps=1, layersel={"first_layer": 4})
+    scored = first.plan
+    by_hand = _run(tmp_path / "a", run_inputs, max_steps=1, layersel={"first_layer": 4})
+    assert by_hand.out == first.out
     assert by_hand.plan["trainable_layers"] == [4, 5]
     assert by_hand.plan["deviation"] is None
+    assert json.loads((first.out / "layersel" / "plan.scored.json").read_text(encoding="utf-8")) == scored
 
 
 def test_training_every_layer_changes_nothing_for_axolotl(tmp_path: Path, run_inputs: dict[str, Path]) -> None:
