@@ -121,6 +121,26 @@ def test_left_out_pair_has_no_part_in_its_exponent() -> None:
     assert left["c"] == pytest.approx(0.1, abs=1e-4)
 
 
+def test_best_cuts_take_depth_from_where_it_matters_least() -> None:
+    steep, flat = made_up_pair(0.5, task="steep"), made_up_pair(0.01, task="flat")
+    assert merits.best_cuts([steep, flat], 0.75) == [1, 5]
+    assert merits.best_cuts([steep, flat], 1.0) == [0, 0]
+    longer = made_up_pair(0.5, task="longer", layers=8)
+    cuts = merits.best_cuts([steep, longer], 0.8)
+    spent = [merits.step_cost(steep, cuts[0]), merits.step_cost(longer, cuts[1])]
+    assert sum(spent) / 2 <= 0.8
+
+
+def test_what_one_seed_knows_is_judged_by_the_others() -> None:
+    pair, other = made_up_pair(0.1, task="a"), made_up_pair(0.3, task="b")
+    for p in (pair, other):  # the second seed has the curve of the other task
+        p.losses.update({k: {0: p.losses[k][0]} for k in p.cuts})
+    for k in pair.cuts:
+        pair.losses[k][1], other.losses[k][1] = other.losses[k][0], pair.losses[k][0]
+    known, fixed = merits.across_seeds([pair, other], 0.75)
+    assert known < fixed
+
+
 def test_evidence_is_read_from_the_lines_of_the_sweep(tmp_path: Path) -> None:
     common = {"model": "m", "task": "t", "seed": 0, "steps": 10, "kind": "cut", "learning_rate": 0.1}
     lines: list[dict[str, Any]] = [

@@ -4,6 +4,7 @@ The exponent of retention(k) = (sum of w_i over i >= k) ** exponent is always fi
 the one that it is judged on.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -73,9 +74,10 @@ def chosen_cut(retention_L: Array, coverage: float) -> int:
     return int(np.flatnonzero(retention_L >= coverage - 1e-12)[-1])
 
 
-def measured_at(pair: Pair, cut: int) -> float:
+def measured_at(pair: Pair, cut: float, seeds: list[int] | None = None) -> float:
     """Measured retention at any cut, linear in the cut between the points of the grid."""
-    return float(np.interp(cut, pair.cuts, pair.measured))
+    curve = pair.measured if seeds is None else [pair.retention(k, seeds) for k in pair.cuts]
+    return float(np.interp(cut, pair.cuts, curve))
 
 
 def regret(pair: Pair, cut: int) -> float:
@@ -128,6 +130,42 @@ def at_equal_cost(pairs: list[Pair], weight: str, cost: float, exponent: float =
         )
     table = np.array(sorted(set(points)))
     return float(np.interp(cost, table[:, 0], table[:, 1])), float(np.interp(cost, table[:, 0], table[:, 2]))
+
+
+def best_cuts(pairs: list[Pair], cost: float, seeds: list[int] | None = None) -> list[int]:
+    """The cuts that keep most on average at a mean step cost of at most `cost`: nobody can know them before training.
+
+    Args:
+        seeds: the seeds whose measured curves are known; all of them where not given.
+    """
+    units = 2 * math.lcm(*(p.layers for p in pairs))  # the cost of every cut is a whole number of these parts
+    spare = math.floor(len(pairs) * (cost * units) + 1e-6)
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for pair in pairs:
+        options = [(units - cut * units // pair.layers // 2, cut) for cut in range(pair.layers)]
+        extended: dict[int, tuple[float, list[int]]] = {}
+        for spent, (kept, cuts) in best.items():
+            for price, cut in options:
+                total, value = spent + price, kept + measured_at(pair, cut, seeds)
+                if total <= spare and value > extended.get(total, (-math.inf, []))[0]:
+                    extended[total] = (value, [*cuts, cut])
+        best = extended
+    return max(best.values())[1]
+
+
+def across_seeds(pairs: list[Pair], cost: float) -> tuple[float, float]:
+    """What `best_cuts` of one seed keep in the other seeds, and what a fixed cut at the same cost keeps there.
+
+    The most that any signal can gain by moving depth between models and tasks: it knows everything but the noise.
+    """
+    known, fixed = [], []
+    for seed in pairs[0].seeds:
+        cuts = best_cuts(pairs, cost, [seed])
+        for pair, cut in zip(pairs, cuts, strict=True):
+            others = [other for other in pair.seeds if other != seed]
+            known.append(measured_at(pair, cut, others))
+            fixed.append(measured_at(pair, 2 * (1 - cost) * pair.layers, others))
+    return float(np.mean(known)), float(np.mean(fixed))
 
 
 def bootstrap(values: list[float], *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
