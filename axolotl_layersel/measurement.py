@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from axolotl_layersel.calibration import IGNORED, Batch, Row, batches
 from axolotl_layersel.semantics import SemanticBases, semantic_bases, unembedding_weight
-from axolotl_layersel.stack import DecoderStack, prove_stack
+from axolotl_layersel.stack import DecoderStack
+from axolotl_layersel.stack_check import prove_stack
 from axolotl_layersel.trace import read_states
 from axolotl_layersel.transition import (
     Deviation,

@@ -1,6 +1,6 @@
 """The method on one page: rows -> latent states -> deviations -> gains -> a suffix of layers.
 
-    find the decoder stack; prove that final norm and unembedding reproduce the model's logits     stack.py
+    find the decoder stack; prove that norm and unembedding reproduce the logits     stack.py, stack_check.py
     the semantics of the labels: bases in latent space                                              semantics.py
     one forward pass over the calibration sample, state by state                   measurement.py, trace.py
         how far is each state from the semantics of its label, and how much of each

@@ -14,7 +14,8 @@ from torch import nn
 from axolotl_layersel.calibration import Row
 from axolotl_layersel.measurement import ScoringError, measure
 from axolotl_layersel.pipeline import score_layers
-from axolotl_layersel.stack import StackError, find_stack, prove_stack
+from axolotl_layersel.stack import StackError, find_stack
+from axolotl_layersel.stack_check import prove_stack
 from axolotl_layersel.transition import RowStatistics
 
 LAYERS = 6
