@@ -137,6 +137,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for cut in options.cuts:
         if cut != "last" and not 0 <= float(cut) < 1:
             parser.error(f"a cut is {cut}; allowed are shares from 0 to below 1, and last")
+    if options.rounds < 2:
+        parser.error(f"--rounds is {options.rounds}; allowed is 2 or more, because the spread over rounds is shown")
     if options.resident == 1:
         parser.error("resident is 1; allowed are 0 for all processes, or 2 and more, as ratios need two")
     return options

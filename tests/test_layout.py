@@ -9,7 +9,7 @@ import axolotl_layersel
 
 PACKAGE = Path(axolotl_layersel.__file__).parent
 KNOWS_AXOLOTL = {"plugin", "run", "readiness", "standalone", "cli", "_startup"}
-METHOD = {"calibration", "gain", "measurement", "selection", "semantics", "stack", "trace", "transition"}
+METHOD = {"calibration", "gain", "measurement", "selection", "semantics", "stack", "stack_check", "trace", "transition"}
 
 
 def _modules() -> dict[str, ast.Module]:
