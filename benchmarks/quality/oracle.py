@@ -4,8 +4,8 @@ One run = one line of JSON: model, task, kind (`cut`: LoRA on layers index..L-1,
 `full`: every weight of layers index..L-1; `tune-cut`, `tune-full`: to find the rate), learning rate, seed, steps,
 held-out loss. A line that is there is not run again, so a killed sweep continues.
 
-The learning rate is tuned on three cuts (three points each, and the vertex of the parabola through them in log rate)
-and interpolated between them.
+The learning rate is tuned on three cuts (three to five points each, refined by half a step) and interpolated between
+them in log rate.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from transformers.utils import logging as transformers_logging
 from axolotl_layersel.stack import find_stack
 
 RATES = {"cut": (3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)}
+
+DIVERGED = 1e6  # the loss of a run that ended in NaN
 
 
 class Runs:
@@ -47,22 +49,19 @@ class Runs:
 
 
 def best_rate(rates: tuple[float, ...], losses: list[float], *, base: float) -> float:
-    """Vertex of the parabola through three points in log rate, rounded to the best point or half a step beside it.
+    """The best of the rates or, where the next higher one is nearly as good, half a step towards the parabola's vertex.
 
-    A rate that reaches less than half of the best improvement has diverged; how far says nothing about where the best
-    rate is, so it counts as the worst rate that has not.
+    Loss rises slowly towards low rates and steeply where training starts to diverge. A next higher rate that reaches
+    less than 0.8 of the best improvement is past that bend, so the parabola through it would point at too low a rate.
     """
-    losses = [float("inf") if base - loss < (base - min(losses)) / 2 else loss for loss in losses]
-    worst = max(loss for loss in losses if math.isfinite(loss))
-    losses = [min(loss, worst) for loss in losses]
     best = int(np.argmin(losses))
-    logs = np.log(rates)
-    second, first, _ = np.polyfit(logs, losses, 2)
-    if second <= 0 or best in (0, len(rates) - 1):
+    if best in (0, len(rates) - 1) or base - losses[best + 1] < 0.8 * (base - losses[best]):
         return float(rates[best])
-    half = (logs[1] - logs[0]) / 2
-    at = -first / (2 * second)
-    return float(np.exp(min((logs[best] - half, logs[best], logs[best] + half), key=lambda point: abs(point - at))))
+    three = slice(best - 1, best + 2)
+    logs = np.log(rates[three])
+    second, first, _ = np.polyfit(logs, losses[three], 2)
+    half, at = (logs[1] - logs[0]) / 2, -first / (2 * second)
+    return float(np.exp(min((logs[1] - half, logs[1], logs[1] + half), key=lambda point: abs(point - at))))
 
 
 class Sweep:
@@ -137,7 +136,8 @@ class Sweep:
             self.model, train, kind=kind, cut=index, learning_rate=rate, seed=seed, steps=steps, rows=self.rows
         )
         seconds = time.monotonic() - started
-        run |= {"loss": round(heldout_loss(student, heldout, index), 6), "seconds": round(seconds, 2)}
+        loss = heldout_loss(student, heldout, index)
+        run |= {"loss": round(loss, 6) if math.isfinite(loss) else DIVERGED, "seconds": round(seconds, 2)}
         self.runs.add(run)
         print(json.dumps(run), flush=True)
         return float(run["loss"])  # type: ignore[arg-type]
@@ -151,15 +151,15 @@ class Sweep:
         return {cut: float(np.exp(np.interp(cut, tuned, np.log(best)))) for cut in range(self.layers)}
 
     def tuned_rate(self, kind: str, cut: int) -> float:
-        """Best of three rates or, while the best is the lowest, of one lower point more (two at most)."""
+        """Best of three rates, and of one or two more beyond the lowest or the highest while that one is the best."""
         rates = list(RATES[kind])
         losses = [self.loss(f"tune-{kind}", cut, rate, 0) for rate in rates]
-        while losses[0] == min(losses) and len(rates) < 5:
-            rates.insert(0, rates[0] * rates[0] / rates[1])
-            losses.insert(0, self.loss(f"tune-{kind}", cut, rates[0], 0))
-        best = min(max(int(np.argmin(losses)), 1), len(rates) - 2)
-        three = slice(best - 1, best + 2)
-        return best_rate(tuple(rates[three]), losses[three], base=self.base_loss())
+        while (best := int(np.argmin(losses))) in (0, len(rates) - 1) and len(rates) < 5:
+            low = best == 0
+            rate = rates[0] * rates[0] / rates[1] if low else rates[-1] * rates[-1] / rates[-2]
+            rates.insert(0 if low else len(rates), rate)
+            losses.insert(0 if low else len(losses), self.loss(f"tune-{kind}", cut, rate, 0))
+        return best_rate(tuple(rates), losses, base=self.base_loss())
 
     def run_cuts(self, seed: int, kind: str = "cut", factor: float = 1.0) -> None:
         """Every cut of the grid at its rate times `factor`."""
