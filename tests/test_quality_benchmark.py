@@ -71,17 +71,21 @@ def test_grid_starts_at_all_layers_and_ends_with_the_last(layers: int, points: i
     assert cuts[0] == 0 and cuts[-1] == layers - 1 and cuts == sorted(set(cuts)) and len(cuts) <= points
 
 
-def test_best_rate_is_the_vertex_within_half_a_step() -> None:
-    rates = (1e-3, 1e-2, 1e-1)
-    assert oracle.best_rate(rates, [1.7, 1.0, 1.7], base=5.0) == pytest.approx(1e-2)
-    assert oracle.best_rate(rates, [2.0, 1.0, 1.01], base=5.0) == pytest.approx(10**-1.5)
-    assert oracle.best_rate(rates, [1.0, 2.0, 3.0], base=5.0) == pytest.approx(1e-3)
+@pytest.mark.parametrize("best", [5e-4, 3e-3, 0.018, 0.2])
+def test_the_tuned_rate_is_the_best_measured_within_half_a_step(tmp_path: Path, best: float) -> None:
+    asked: list[float] = []
 
+    class Bowl(oracle.Sweep):
+        def loss(self, kind: str, index: int, learning_rate: float, seed: int, steps: int | None = None) -> float:
+            asked.append(learning_rate)
+            return float(np.log(learning_rate / best) ** 2)
 
-def test_a_diverged_rate_does_not_move_the_best_rate() -> None:
-    rates = (1e-3, 1e-2, 1e-1)
-    for diverging in (2.0, 5.1, 400.0):
-        assert oracle.best_rate(rates, [2.0, 1.0, diverging], base=5.0) == 1e-2
+    model = pretrain.build_model("llama", size="quick", vocab_size=50, seed=0)
+    data, runs = tasks.Rows(train=[], heldout=[]), oracle.Runs(tmp_path / "runs.jsonl")
+    sweep = Bowl("m", "t", model=model, data=data, cuts=[0], runs=runs, steps=1, rows=1)
+    found = sweep.tuned_rate("cut", 0)
+    assert found in asked and len(asked) <= 7
+    assert max(found / best, best / found) < 1.4
 
 
 @pytest.mark.parametrize("arch", ["llama", "neox"])

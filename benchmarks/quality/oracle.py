@@ -4,8 +4,7 @@ One run = one line of JSON: model, task, kind (`cut`: LoRA on layers index..L-1,
 `full`: every weight of layers index..L-1; `tune-cut`, `tune-full`: to find the rate), learning rate, seed, steps,
 held-out loss. A line that is there is not run again, so a killed sweep continues.
 
-The learning rate is tuned on three cuts (three to five points each, refined by half a step) and interpolated between
-them in log rate.
+The learning rate is tuned on three cuts (five to seven points each) and interpolated between them in log rate.
 """
 
 import argparse
@@ -46,22 +45,6 @@ class Runs:
         self.done[self.key(run)] = run
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
-
-
-def best_rate(rates: tuple[float, ...], losses: list[float], *, base: float) -> float:
-    """The best of the rates or, where the next higher one is nearly as good, half a step towards the parabola's vertex.
-
-    Loss rises slowly towards low rates and steeply where training starts to diverge. A next higher rate that reaches
-    less than 0.8 of the best improvement is past that bend, so the parabola through it would point at too low a rate.
-    """
-    best = int(np.argmin(losses))
-    if best in (0, len(rates) - 1) or base - losses[best + 1] < 0.8 * (base - losses[best]):
-        return float(rates[best])
-    three = slice(best - 1, best + 2)
-    logs = np.log(rates[three])
-    second, first, _ = np.polyfit(logs, losses[three], 2)
-    half, at = (logs[1] - logs[0]) / 2, -first / (2 * second)
-    return float(np.exp(min((logs[1] - half, logs[1], logs[1] + half), key=lambda point: abs(point - at))))
 
 
 class Sweep:
@@ -151,15 +134,16 @@ class Sweep:
         return {cut: float(np.exp(np.interp(cut, tuned, np.log(best)))) for cut in range(self.layers)}
 
     def tuned_rate(self, kind: str, cut: int) -> float:
-        """Best of three rates, and of one or two more beyond the lowest or the highest while that one is the best."""
-        rates = list(RATES[kind])
-        losses = [self.loss(f"tune-{kind}", cut, rate, 0) for rate in rates]
-        while (best := int(np.argmin(losses))) in (0, len(rates) - 1) and len(rates) < 5:
-            low = best == 0
-            rate = rates[0] * rates[0] / rates[1] if low else rates[-1] * rates[-1] / rates[-2]
-            rates.insert(0 if low else len(rates), rate)
-            losses.insert(0 if low else len(losses), self.loss(f"tune-{kind}", cut, rate, 0))
-        return best_rate(tuple(rates), losses, base=self.base_loss())
+        """The best measured rate: of three, of those beyond while the best is at an end, and half a step beside it."""
+        losses = {rate: self.loss(f"tune-{kind}", cut, rate, 0) for rate in RATES[kind]}
+        step = RATES[kind][1] / RATES[kind][0]
+        while len(losses) < 5 and (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)):
+            beyond = best / step if best == min(losses) else best * step
+            losses[beyond] = self.loss(f"tune-{kind}", cut, beyond, 0)
+        best = min(losses, key=losses.__getitem__)
+        for rate in (best / math.sqrt(step), best * math.sqrt(step)):
+            losses[rate] = self.loss(f"tune-{kind}", cut, rate, 0)
+        return min(losses, key=losses.__getitem__)
 
     def run_cuts(self, seed: int, kind: str = "cut", factor: float = 1.0) -> None:
         """Every cut of the grid at its rate times `factor`."""
