@@ -80,6 +80,9 @@ class LayerSelArgs(BaseModel):
     """What axolotl merges into its config model: the block, and the checks on the whole config around it."""
 
     layersel: LayerSelOptions | None = None
+    layersel_written_keys: list[str] | None = Field(
+        default=None, description="written by the plugin itself in the driver of a Ray run, for its workers"
+    )
 
     @model_validator(mode="before")
     @classmethod

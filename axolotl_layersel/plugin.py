@@ -13,7 +13,6 @@ Inference, merging, evaluation and preprocessing load models and datasets too, b
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from axolotl_layersel.callbacks import NoPlanGuard, PlanGuard
 from axolotl_layersel.card import add_to_model_card
 from axolotl_layersel.claim import release_folders
 from axolotl_layersel.conflicts import cut_is_given, names_plugin
+from axolotl_layersel.handover import config_as_written
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.processes import Processes, join_processes
 from axolotl_layersel.stack import find_stack
@@ -55,7 +55,7 @@ class LayerSelPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Remember the raw config; make checkpointing non-reentrant where the user did not choose."""
-        self.config_as_written = copy.deepcopy(dict(cfg))
+        self.config_as_written = config_as_written(cfg)
         if names_plugin(cfg) and cfg.get("gradient_checkpointing") and not cfg.get("gradient_checkpointing_kwargs"):
             cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
 

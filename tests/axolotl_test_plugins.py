@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
+from accelerate.parallelism_config import ParallelismConfig
 from axolotl.integrations.base import BasePlugin
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import TrainerCallback
 
 
 class FixedSeed(BasePlugin):
@@ -31,3 +35,72 @@ class CpuProcesses(BasePlugin):
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """The first hook after the config is settled, and before the model is loaded."""
         cfg.device_map = None
+
+
+class CpuShards(BasePlugin):
+    """FSDP over processes on the CPU, joined by gloo; listed before `CpuProcesses`.
+
+    accelerate 1.13 asks for an accelerator before it looks at the FSDP plugin (`state.py`, `AcceleratorState`), and
+    axolotl 0.19 makes its device mesh of CUDA devices (`utils/distributed.py`). This says that there is an accelerator,
+    and makes the mesh of CPUs.
+    """
+
+    def register(self, cfg: Any) -> None:
+        """The first hook; transformers joins the processes once more later."""
+        set_device = PartialState.set_device
+
+        def set_device_and_type(state: Any) -> None:
+            set_device(state)
+            state.distributed_type = DistributedType.MULTI_GPU
+
+        PartialState.set_device = set_device_and_type
+        build = ParallelismConfig.build_device_mesh
+        ParallelismConfig.build_device_mesh = lambda self, device_type: build(self, "cpu")
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """Say in the log what is sharded, so that a test can tell."""
+        return [_SayShards()]
+
+
+class _SayShards(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        units = [m for m in model.modules() if isinstance(m, (FSDPModule, FullyShardedDataParallel))]
+        print(
+            f"test: {len(units)} units are sharded, {[t.__name__ for u in units[:1] for t in type(u).__mro__[:2]]}",
+            flush=True,
+        )
+
+
+class CpuZero(BasePlugin):
+    """DeepSpeed over processes on the CPU, joined by gloo; listed before `CpuProcesses`.
+
+    accelerate 1.13 picks a backend by the accelerator that it finds, and forgets DeepSpeed where it is told of a CPU.
+    """
+
+    def register(self, cfg: Any) -> None:
+        """The first hook."""
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
+
+
+class RayOnCpu(BasePlugin):
+    """A Ray of this machine's own, with workers on the CPU.
+
+    axolotl 0.19 asks Ray for workers with a GPU each, whatever `use_cpu` says. In the driver this takes that wish back,
+    so that Ray also joins the workers by gloo, and starts Ray without a dashboard; nothing else.
+    """
+
+    def register(self, cfg: Any) -> None:
+        """The first hook, in the driver and again in every worker."""
+        import ray.train
+
+        if ray.is_initialized():  # in a worker
+            return
+        ray.init(num_cpus=3, include_dashboard=False, object_store_memory=100 << 20)
+
+        class CpuScaling(ray.train.ScalingConfig):
+            def __post_init__(self) -> None:
+                self.use_gpu = False
+                super().__post_init__()
+
+        ray.train.ScalingConfig = CpuScaling

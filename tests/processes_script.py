@@ -28,11 +28,12 @@ def rows(number: int) -> list[Row]:
     return made
 
 
-def scores(processes: Processes, number: int) -> dict[str, Any]:
+def scores(processes: Processes, number: int, deviation: str) -> dict[str, Any]:
     """What this share of `number` rows comes to, once the shares are put together."""
     found = score_layers(
         tiny_llama(),
         rows(number),
+        deviation=deviation,
         batch_tokens=24,
         share=(processes.rank, processes.world_size),
         together=processes.together,
@@ -91,8 +92,9 @@ def main() -> None:
     with processes.stopping_together():
         seen["main_only"] = processes.main_only(lambda: f"decided by {processes.rank}")
         for number in (7, 2):
-            seen[f"rows_{number}"] = scores(processes, number)
-            seen[f"alone_{number}"] = scores(Processes(), number)
+            for deviation in ("cosine", "semantic_loss"):
+                seen[f"{deviation}_{number}"] = scores(processes, number, deviation)
+                seen[f"{deviation}_{number}_alone"] = scores(Processes(), number, deviation)
     (out / f"{processes.rank}.json").write_text(json.dumps(seen), encoding="utf-8")
 
 

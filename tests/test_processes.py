@@ -46,16 +46,19 @@ def test_nobody_waits_when_all_fail_at_different_places(three_processes: list[di
     assert {seen["fail_all"]["error"] for seen in three_processes} == {"ValueError: row 7 is not a row"}
 
 
+@pytest.mark.parametrize("deviation", ["cosine", "semantic_loss"])
 @pytest.mark.parametrize("rows", [7, 2])
-def test_shares_of_any_size_give_the_one_process_scores(three_processes: list[dict[str, Any]], rows: int) -> None:
-    """Seven rows are 3, 2 and 2; of two rows the last process gets none."""
-    alone = three_processes[0][f"alone_{rows}"]
+def test_shares_of_any_size_give_the_one_process_scores(
+    three_processes: list[dict[str, Any]], rows: int, deviation: str
+) -> None:
+    """Seven rows are 3, 2 and 2; of two rows the last process gets none. The temperature is fitted on equal rows."""
+    alone = three_processes[0][f"{deviation}_{rows}_alone"]
     for seen in three_processes:
-        shared = seen[f"rows_{rows}"]
+        shared = seen[f"{deviation}_{rows}"]
         assert shared["cut"] == alone["cut"]
         assert shared["tokens"] == alone["tokens"]
         assert shared["deviation"] == pytest.approx(alone["deviation"], abs=1e-6)
-        assert shared == three_processes[0][f"rows_{rows}"]  # to the last bit, on every process
+        assert shared == three_processes[0][f"{deviation}_{rows}"]  # to the last bit, on every process
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
