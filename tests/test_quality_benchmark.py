@@ -158,5 +158,5 @@ def test_evidence_is_read_from_the_lines_of_the_sweep(tmp_path: Path) -> None:
     (tmp_path / "signals").mkdir()
     signals = {"model": "m", "task": "t", "rows": {}, "layers": {"spectrum": [1.0, 1.0]}}
     (tmp_path / "signals" / "m-t.json").write_text(json.dumps(signals), encoding="utf-8")
-    (pair,) = evidence.load(tmp_path / "runs.jsonl", tmp_path / "signals")
+    (pair,) = evidence.load(tmp_path)
     assert pair.retention(1) == pytest.approx(0.5)

@@ -1,7 +1,10 @@
 """Predicted against measured: calibration, exponent, rivals at equal cost, stability; tables and figures.
 
-python analyse.py                                                        # the evidence kept in results/
-python analyse.py --runs work/runs.jsonl --signals work/signals --save results --figures work/figures
+    python analyse.py                                                  # results/fitted, which set the defaults
+    python analyse.py results/heldout --fitted-on results/fitted       # models that had no part in them
+    python analyse.py work/cpu --save results/mine --figures work/cpu/figures
+
+A folder of evidence holds `runs.jsonl` of oracle.py and `signals/` of signals.py.
 """
 
 import argparse
@@ -208,6 +211,27 @@ def show_shipped(pairs: list[Pair]) -> None:
         )
 
 
+def show_transfer(pairs: list[Pair], fitted: list[Pair], names: tuple[str, ...]) -> None:
+    """Every choice of weights with the exponent of the fitted evidence: nothing of these pairs has a part in it."""
+    print("\n### Exponents fitted on other models, coverage 0.95\n")
+    print("| weights | exponent | MAE | better than uniform by (95 %) | least kept | mean kept | step cost |")
+    print("|---|---|---|---|---|---|---|")
+    control: list[float] = []
+    for weight in names:
+        exponent = fit_constant(fitted, weight)
+        misses = [float(np.abs(errors([p], weight, exponent)).mean()) for p in pairs]
+        control = control or misses
+        gains = [c - m for c, m in zip(control, misses, strict=True)]
+        low, high = bootstrap(gains)
+        cuts = [chosen_cut(predicted(p, weights(p, weight), exponent(p)), 0.95) for p in pairs]
+        kept = [measured_at(p, cut) for p, cut in zip(pairs, cuts, strict=True)]
+        cost = np.mean([step_cost(p, cut) for p, cut in zip(pairs, cuts, strict=True)])
+        print(
+            f"| {weight} | {exponent(pairs[0]):.3f} | {np.mean(misses):.4f} | {np.mean(gains):+.4f} "
+            f"({low:+.4f} to {high:+.4f}) | {min(kept):.3f} | {np.mean(kept):.3f} | {cost:.2f} |"
+        )
+
+
 def show_stability(pairs: list[Pair], names: tuple[str, ...]) -> None:
     print("\n### Stability: share of resamples with the cut of all rows (spread of the cut, in layers)\n")
     sizes = (16, 32, 64, 128, 256, 512)
@@ -250,18 +274,18 @@ def draw(pairs: list[Pair], names: tuple[str, ...], folder: Path) -> None:
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=here / "results" / "runs.jsonl")
-    parser.add_argument("--signals", type=Path, default=here / "results" / "signals")
+    parser.add_argument("evidence", type=Path, nargs="?", default=here / "results" / "fitted", help="folder")
+    parser.add_argument("--fitted-on", type=Path, help="folder of the evidence that exponents are taken from")
     parser.add_argument("--save", type=Path, help="folder for a compact copy of the evidence")
     parser.add_argument("--figures", type=Path)
     parser.add_argument(
         "--weights", nargs="+", default=["uniform", "transition", "transition:first_min"], help="shown in detail"
     )
     args = parser.parse_args()
-    pairs = load(args.runs, args.signals)
+    pairs = load(args.evidence)
     if len({p.task for p in pairs}) < 2:
         raise SystemExit(
-            f"{len(pairs)} complete pairs in {args.runs}; leaving one task out needs two tasks: run more of the sweep"
+            f"{len(pairs)} complete pairs in {args.evidence}; leaving one out needs two tasks: run more of the sweep"
         )
     names = tuple(args.weights)
     show_measured(pairs)
@@ -270,13 +294,15 @@ def main() -> None:
         show_scalars(pairs, weight)
     show_choices(pairs, names)
     show_shipped(pairs)
+    if args.fitted_on:
+        show_transfer(pairs, load(args.fitted_on), (*CONTROLS, *OURS, *ABLATIONS, *RIVALS))
     show_single(pairs)
     show_other_runs(pairs)
     show_stability(pairs, names)
     if args.figures:
         draw(pairs, names, args.figures)
     if args.save:
-        compact(args.runs, args.signals, args.save)
+        compact(args.evidence, args.save)
 
 
 if __name__ == "__main__":

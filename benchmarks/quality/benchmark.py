@@ -72,7 +72,7 @@ def main() -> None:
         phases = [f"full:{Path(models[0]).name}/{tasks[0]}" if phase == "full" else phase for phase in phases]
         given = options(oracle, ("cuts", "steps", "rows", "tune_on"))
         call("oracle.py", *common, *sizes, *given, "--runs", work / "runs.jsonl", "--phases", *phases)
-    call("analyse.py", "--runs", work / "runs.jsonl", "--signals", work / "signals", "--figures", work / "figures")
+    call("analyse.py", work, "--figures", work / "figures")
 
 
 if __name__ == "__main__":

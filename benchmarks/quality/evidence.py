@@ -146,11 +146,11 @@ def scalars(pair: Pair) -> dict[str, float]:
     }
 
 
-def load(runs: Path, signals: Path) -> list[Pair]:
-    """Pairs that have signals and a complete grid with at least one seed."""
-    lines = [json.loads(line) for line in runs.read_text(encoding="utf-8").splitlines()]
+def load(folder: Path) -> list[Pair]:
+    """Pairs of a folder with `runs.jsonl` and `signals/` that have a complete grid with at least one seed."""
+    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
     pairs = []
-    for file in sorted(signals.glob("*.json")):
+    for file in sorted((folder / "signals").glob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
         mine = [line for line in lines if (line["model"], line["task"]) == (found["model"], found["task"])]
         base = [line["loss"] for line in mine if line["kind"] == "base"]
@@ -176,12 +176,12 @@ def load(runs: Path, signals: Path) -> list[Pair]:
     return pairs
 
 
-def compact(runs: Path, signals: Path, folder: Path) -> None:
+def compact(evidence: Path, folder: Path) -> None:
     """A copy of the evidence that is small enough for a repository: row sums of two signals, means of the others."""
     (folder / "signals").mkdir(parents=True, exist_ok=True)
-    lines = list(dict.fromkeys(runs.read_text(encoding="utf-8").splitlines()))
+    lines = list(dict.fromkeys((evidence / "runs.jsonl").read_text(encoding="utf-8").splitlines()))
     (folder / "runs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for file in signals.glob("*.json"):
+    for file in (evidence / "signals").glob("*.json"):
         found = json.loads(file.read_text(encoding="utf-8"))
         rows = found["rows"]
         tokens = np.array(rows["tokens"])[:128]
