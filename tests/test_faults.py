@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import pytest
 from axolotl_runs import (
     Finished,
@@ -114,6 +115,34 @@ def test_a_killed_training_resumes_with_its_plan_and_its_losses(battered: dict[s
 def test_a_second_run_into_the_folder_is_refused(battered: dict[str, Any]) -> None:
     assert "another process trains or scores into" in battered["second run"]
     assert "output_dir of its own" in battered["second run"]
+
+
+# ---- several processes that are hit --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hit", ["all are interrupted", "one is killed"])
+def test_two_processes_that_are_hit_in_scoring_end_together(
+    tmp_path: Path, run_inputs: dict[str, Path], hit: str
+) -> None:
+    """Ctrl-C reaches every process; a kill, as by lack of memory, one. Nobody is left waiting, no file is left."""
+    options = on_several({"layersel": {"num_samples": 1500, "report": False}, "micro_batch_size": 1})
+    options["data"] = make_dataset(tmp_path / "many rows", rows=1500)
+    config = write_config(tmp_path, **{**run_inputs, **options})
+    command = train_command(config, launcher="torchrun", processes=2)
+    run = start(command, tmp_path / "log", env={"ACCELERATE_USE_CPU": "true"})
+    run.wait_for("layersel: scoring ")
+    workers = [child for child in psutil.Process(run.process.pid).children() if "axolotl.cli.train" in child.cmdline()]
+    assert len(workers) == 2
+    if hit == "one is killed":
+        workers[1].kill()
+    else:
+        run.signal(signal.SIGINT)
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+    assert run.finish(timeout=40).returncode != 0
+    assert list((tmp_path / "out" / "layersel").glob("*")) == []
+    assert claim_folder(tmp_path / "out") is None  # nobody holds it
+    release_folders()
 
 
 # ---- a rank that fails ---------------------------------------------------------------------------------------------
