@@ -7,7 +7,7 @@ the model instance puts two callables in front of the methods that would bring t
 checkpointing nothing else is needed, and autograd finds its own end at the first trained parameter. Reentrant
 checkpointing keeps a boundary: the last frozen layer hands on a leaf that requires grad.
 
-Where something on the input side of the cut is trained, gradients must reach it: `obstacles` says what, and
+Where something on the input side of the cut is trained, gradients must reach it: `obstacles.py` says what, and
 `restore_backward` undoes the rest. `proof.py` then watches one training step and trusts none of the above.
 The plan says where the cut is (`plan.py`), `plugin.py` says when to call which of these.
 """
@@ -16,32 +16,22 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from axolotl_layersel.stack import DecoderStack, first_tensor, unwrap
+from axolotl_layersel.stack import first_tensor, unwrap
 
 LOG = logging.getLogger(__name__)
 
 # transformers (modeling_utils) uses the first name, PEFT and TRL the second, for models that have no such method.
 _INPUT_GRAD_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_grad"})
-_WRAPPER_PARTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-_REPLACED_PARTS = (".base_layer", ".original_module")  # where PEFT keeps the module that it stands in for
 
 
 class FrontierError(RuntimeError):
     """The backward pass does not stop where the plan says, or other parameters are trained than the plan says."""
-
-
-def normalise(name: str) -> str:
-    """A parameter or module name without what DDP, FSDP, torch.compile and checkpoint wrappers add to it."""
-    parts = [part for part in name.split(".") if part not in _WRAPPER_PARTS]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
 
 
 def no_input_grads() -> None:
@@ -170,54 +160,6 @@ def restore_backward(model: nn.Module) -> None:
     enable_input_require_grads()
 
 
-def obstacles(model: nn.Module, *, stack: DecoderStack, first_trainable: int) -> list[str]:
-    """Why the backward pass cannot stop at the cut: one sentence for each place that is trained and must not be.
-
-    Args:
-        model: with its adapters loaded and its trainable parameters set.
-        stack: found in this model, before or after PEFT wrapped it.
-        first_trainable: k; for 0 there is nothing to stop.
-
-    Raises:
-        FrontierError: the stack is not part of `model`.
-    """
-    if first_trainable == 0:
-        return []
-    names = {id(module): normalise(name) for name, module in model.named_modules()}
-
-    def place(module: nn.Module) -> str:
-        if id(unwrap(module)) not in names:
-            raise FrontierError(f"a {type(module).__name__} of the decoder stack is not part of the model")
-        name = names[id(unwrap(module))]
-        while name.endswith(_REPLACED_PARTS):
-            name = name.rpartition(".")[0]
-        return name
-
-    free = [place(module) for module in (*stack.layers[first_trainable:], stack.final_norm, stack.head)]
-    frozen = [place(layer) for layer in stack.layers[:first_trainable]]
-    tied_weight = getattr(stack.embeddings, "weight", None) if stack.tied else None
-    embeddings = place(stack.embeddings)
-    found: dict[str, list[str]] = {}
-    for full_name, parameter in model.named_parameters():
-        name = normalise(full_name)
-        if not parameter.requires_grad:
-            continue
-        if parameter is tied_weight:
-            what = f"the unembedding shares its weight with the input embeddings {embeddings!r}, and that is trained"
-        elif _within(name, [embeddings]):
-            what = f"the input embeddings {embeddings!r} are trained"
-        elif _within(name, free):
-            continue
-        elif layer := _within(name, frozen):
-            what = f"the frozen decoder layer {layer!r} holds trained parameters"
-        elif "prompt_encoder" in name.split("."):
-            what = "a prompt in front of the first decoder layer is trained"
-        else:
-            what = "parameters outside the decoder layers, the final norm and the unembedding are trained"
-        found.setdefault(what, []).append(name)
-    return [f"{what} ({shorten(at)}), so gradients must pass through every layer." for what, at in found.items()]
-
-
 def check_cut(layers: Sequence[nn.Module], first_trainable: int) -> None:
     """Refuse a cut that is not an index of `layers` with a ValueError."""
     if not 0 <= first_trainable < len(layers):
@@ -290,15 +232,3 @@ def _strip_hooks(modules: Iterable[nn.Module], unwanted: Callable[[Any], bool]) 
             del module._forward_hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_always_called.pop(key, None)
-
-
-def _within(name: str, places: Iterable[str]) -> str:
-    """The place that holds the parameter `name`, or an empty string."""
-    return next((place for place in places if name.startswith(f"{place}.") or name == place), "")
-
-
-def shorten(names: Collection[str]) -> str:
-    """The first ten names, and how many more there are."""
-    ordered = sorted(names)
-    rest = f", and {len(ordered) - 10} more" if len(ordered) > 10 else ""
-    return (", ".join(ordered[:10]) or "none") + rest

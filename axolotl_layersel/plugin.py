@@ -20,12 +20,13 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin, PluginManager
 from torch import nn
 
-from axolotl_layersel import frontier, run, settings
+from axolotl_layersel import apply, frontier, run, settings
 from axolotl_layersel.callbacks import NoPlanGuard, PlanGuard
 from axolotl_layersel.card import add_to_model_card
 from axolotl_layersel.claim import release_folders
 from axolotl_layersel.conflicts import cut_is_given, names_plugin
 from axolotl_layersel.handover import config_as_written
+from axolotl_layersel.obstacles import obstacles
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.processes import Processes, join_processes
 from axolotl_layersel.stack import find_stack
@@ -86,9 +87,9 @@ class LayerSelPlugin(BasePlugin):
         with processes.stopping_together():
             processes.main_only(lambda: run.claim(cfg))
             plan = run.decide(cfg, model, current.dataset, processes=processes)
-            updates = run.config_updates(cfg, model, plan)
-            plan = run.complete(cfg, model, plan, updates)
-            processes.main_only(lambda: run.publish(cfg, plan, config_as_written=self.config_as_written))
+            updates = apply.config_updates(cfg, model, plan)
+            plan = apply.complete(cfg, model, plan, updates)
+            processes.main_only(lambda: apply.publish(cfg, plan, config_as_written=self.config_as_written))
         current.plan = plan
         for key, value in updates.items():
             cfg[key] = value
@@ -105,7 +106,7 @@ class LayerSelPlugin(BasePlugin):
         current = self._current(cfg)
         if current is None or current.plan is None or not current.stops_backward or not hasattr(model, "peft_config"):
             return
-        found = frontier.obstacles(model, stack=find_stack(model), first_trainable=current.plan.first_trainable)
+        found = obstacles(model, stack=find_stack(model), first_trainable=current.plan.first_trainable)
         if found and not cfg.lora_model_dir:  # adapters of frozen layers are frozen by name once the model is loaded
             current.stops_backward = False
             frontier.restore_backward(model)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from axolotl_layersel.frontier import FrontierError, boundary, check_cut, is_input_grad_hook, normalise, shorten
+from axolotl_layersel.frontier import FrontierError, boundary, check_cut, is_input_grad_hook
+from axolotl_layersel.names import normalise, shorten
 from axolotl_layersel.stack import unwrap
 
 LOG = logging.getLogger("axolotl.integrations.layersel")

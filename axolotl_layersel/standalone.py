@@ -19,7 +19,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.loaders import ModelLoader, load_processor, load_tokenizer
 from torch import nn
 
-from axolotl_layersel import LayerSelPlugin, readiness, run, settings
+from axolotl_layersel import LayerSelPlugin, apply, readiness, run, settings
 from axolotl_layersel.comparison import Choice, Rule, compare_methods
 from axolotl_layersel.conflicts import names_plugin
 from axolotl_layersel.plan import Plan, read_plan
@@ -89,7 +89,7 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
         stack = find_stack(model)
         about["num_layers"] = stack.num_layers
         bare = Plan(base_model=cfg.base_model, adapter=cfg.adapter, num_layers=stack.num_layers, first_trainable=0)
-        prediction = run.complete(cfg, model, bare, {}).prediction or {}
+        prediction = apply.complete(cfg, model, bare, {}).prediction or {}
         with readiness.ready_to_run(model, stack):
             found[:] = compare_methods(
                 model,

@@ -42,11 +42,11 @@ from axolotl_layersel.frontier import (
     FrontierError,
     boundary,
     no_input_grads,
-    normalise,
-    obstacles,
     restore_backward,
     stop_backward,
 )
+from axolotl_layersel.names import normalise
+from axolotl_layersel.obstacles import obstacles
 from axolotl_layersel.proof import FirstStepProof, check_trainable
 from axolotl_layersel.stack import find_stack, unwrap
 

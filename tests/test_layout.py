@@ -8,7 +8,7 @@ from pathlib import Path
 import axolotl_layersel
 
 PACKAGE = Path(axolotl_layersel.__file__).parent
-KNOWS_AXOLOTL = {"plugin", "run", "readiness", "standalone", "cli", "_startup"}
+KNOWS_AXOLOTL = {"plugin", "run", "apply", "readiness", "standalone", "cli", "_startup"}
 METHOD = {"calibration", "gain", "measurement", "selection", "semantics", "stack", "stack_check", "trace", "transition"}
 
 

@@ -24,10 +24,11 @@ from peft import prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from axolotl_layersel import run
+from axolotl_layersel import apply
 from axolotl_layersel.calibration import Row
-from axolotl_layersel.frontier import FrontierError, normalise, stop_backward
+from axolotl_layersel.frontier import FrontierError, stop_backward
 from axolotl_layersel.measurement import measure
+from axolotl_layersel.names import normalise
 from axolotl_layersel.pipeline import score_layers
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.proof import FirstStepProof, check_trainable
@@ -75,7 +76,7 @@ def prepared(model: PreTrainedModel, case: Case, *, adapter: str | None, stock: 
     """
     cfg = config(case, adapter)
     plan = Plan(base_model="tiny", num_layers=NUM_LAYERS, first_trainable=CUT, adapter=adapter)
-    cfg = DictDefault({**cfg, **run.config_updates(cfg, model, plan)})
+    cfg = DictDefault({**cfg, **apply.config_updates(cfg, model, plan)})
     layers = find_stack(model).layers
     whole: nn.Module = model
     if adapter:

@@ -19,7 +19,7 @@ from models import CASES
 from torch import nn
 from transformers import PreTrainedModel
 
-from axolotl_layersel import run
+from axolotl_layersel import apply
 from axolotl_layersel.cost import StepShape, cut_costs
 from axolotl_layersel.forecast import mode_of
 from axolotl_layersel.plan import Plan
@@ -46,7 +46,7 @@ def updates_of(cfg: Mapping[str, Any], model: PreTrainedModel, cut: int) -> dict
     """The config keys that the plugin writes."""
     num_layers = find_stack(model).num_layers
     plan = Plan(base_model="tiny", num_layers=num_layers, first_trainable=cut, adapter=cfg.get("adapter"))
-    return run.config_updates(DictDefault(dict(cfg)), model, plan)
+    return apply.config_updates(DictDefault(dict(cfg)), model, plan)
 
 
 def trained(model: nn.Module) -> set[str]:
