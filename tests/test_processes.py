@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import PartialState
 from axolotl_runs import BIN, free_port, on_several, plan_of, start, train, write_config
+from safetensors.torch import load_file
 
 from axolotl_layersel.conflicts import find_conflicts
 from axolotl_layersel.processes import Processes, join_processes
@@ -147,3 +149,62 @@ def test_axolotl_trains_on_three_processes_where_one_has_no_rows(tmp_path: Path,
     run = train(write_config(tmp_path, **run_inputs, **options), launcher="torchrun", processes=3).check()
     assert plan_of(tmp_path / "out")["sample"]["rows"] == 2
     assert run.log.count("proved in the first step") == 3
+
+
+def test_axolotl_trains_a_given_cut_on_a_model_that_fsdp2_shards(
+    tmp_path: Path, run_inputs: dict[str, Path], uninterrupted: Path
+) -> None:
+    """Full fine-tuning: the embeddings are frozen, norm and head trained, in one root unit; a unit for each layer."""
+    options = on_several(
+        {
+            "adapter": None,
+            "lora_target_linear": None,
+            "layersel": {"plan": str(_plan_for_full_fine_tuning(uninterrupted, tmp_path)), "report": False},
+            "fsdp_version": 2,
+            "fsdp_config": {
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+                "state_dict_type": "FULL_STATE_DICT",
+                "reshard_after_forward": True,
+                "offload_params": False,
+                "cpu_ram_efficient_loading": False,
+            },
+            "max_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        }
+    )
+    options["plugins"] = ["axolotl_test_plugins.CpuShards", *options["plugins"]]
+    run = train(write_config(tmp_path, **run_inputs, **options), launcher="torchrun", processes=2).check()
+    assert run.log.count("test: 7 units are sharded, ['FSDPLlamaForCausalLM', 'FSDPModule']") == 2
+    assert run.log.count("proved in the first step: the backward pass stops at layer 3") == 2
+    assert plan_of(tmp_path / "out" / "checkpoint-2") == plan_of(tmp_path / "out")
+    before = load_file(run_inputs["model"] / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    trained = tuple(f"model.layers.{layer}." for layer in (3, 4, 5))
+    assert changed == {name for name in before if name.startswith((*trained, "model.norm", "lm_head"))}
+
+
+def _plan_for_full_fine_tuning(uninterrupted: Path, folder: Path) -> Path:
+    """The plan of the LoRA run, as a run without an adapter would have written it."""
+    path = folder / "given.json"
+    path.write_text(json.dumps({**plan_of(uninterrupted), "adapter": None}), encoding="utf-8")
+    return path
+
+
+def test_two_machines_without_a_shared_folder_train_with_one_plan(tmp_path: Path, run_inputs: dict[str, Path]) -> None:
+    """Two launches that join each other, each in a folder of its own; only the first writes, and both train."""
+    options = on_several({"layersel": {"num_samples": 13, "report": False}, "max_steps": 2})
+    options |= {"output_dir": "./out", "dataset_prepared_path": "./prepared", "save_strategy": "steps", "save_steps": 2}
+    config = write_config(tmp_path, **run_inputs, **options)
+    nodes = f"--nnodes=2 --nproc-per-node=1 --master-addr=127.0.0.1 --master-port={free_port()}".split()
+    launched = []
+    for rank in range(2):
+        command = [str(BIN / "torchrun"), *nodes, f"--node-rank={rank}", "-m", "axolotl.cli.train", str(config)]
+        node = tmp_path / f"node {rank}"
+        launched.append(start(command, node / "log", env={"ACCELERATE_USE_CPU": "true"}))
+    for run in [run.finish(timeout=240) for run in launched]:
+        assert run.check().log.count("proved in the first step: the backward pass stops at layer 3") == 1
+    written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("plan.json"))
+    assert written == ["node 0/out/checkpoint-2/layersel/plan.json", "node 0/out/layersel/plan.json"]
