@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axolotl_runs import instruction_rows, make_tokenizer, plan_of, train, write_config
+from axolotl_runs import instruction_rows, make_tokenizer, plan_of, write_config
+from axolotl_turns import WITNESS, train_in_turn
 from datasets import Dataset
 from models import CASES
 from transformers import PreTrainedTokenizerFast
@@ -132,27 +133,97 @@ def test_other_kinds_are_refused_by_name() -> None:
         PreferenceRows([], rl="grpo", tokenizer=tokenizer(), max_length=200)
 
 
-@pytest.mark.parametrize("adapter", ["lora", None], ids=["LoRA", "full"])
-def test_a_dpo_run_scores_and_stops_at_the_cut(
-    adapter: str | None, run_inputs: dict[str, Path], tmp_path: Path
-) -> None:
+# ---- whole runs ----------------------------------------------------------------------------------------------------
+
+TRAINERS = {
+    "dpo": "AxolotlDPOTrainer",
+    "ipo": "AxolotlDPOTrainer",
+    "kto": "AxolotlKTOTrainer",
+    "orpo": "AxolotlORPOTrainer",
+    "simpo": "AxolotlCPOTrainer",
+}
+FULL = ("dpo", "kto")  # also without adapters, where a second model is loaded as reference
+RUNS = [*(f"{rl}-lora" for rl in TRAINERS), *(f"{rl}-full" for rl in FULL)]
+
+
+def data_of(rl: str, folder: Path) -> dict[str, Any]:
+    """An entry of `datasets:` with 24 rows of that kind."""
+    kind: Any
+    if rl == "orpo":
+        kind = "chat_template.argilla"
+        rows = [
+            {key: [*row["prompt"], *row[key]] for key in ("chosen", "rejected")}
+            | {"prompt": row["prompt"][0]["content"]}
+            for row in conversations(24)
+        ]
+    elif rl == "kto":
+        kind, rows = {"field_prompt": "prompt", "prompt_format": "{prompt}"}, judged(24)
+    else:
+        kind, rows = {"field_prompt": "prompt", "prompt_format": "{prompt}"}, paired(24)
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"path": str(path), "ds_type": "json", "split": "train", "type": kind}
+
+
+def write_runs(root: Path, model: Path) -> list[Path]:
+    """A config for each of `RUNS`, in a folder of its name."""
+    configs = []
+    for name in RUNS:
+        rl, _, mode = name.partition("-")
+        folder = root / name
+        folder.mkdir()
+        options: dict[str, Any] = {"chat_template": "jinja", "chat_template_jinja": CHAT} if rl == "orpo" else {}
+        if mode == "full":
+            options |= dict.fromkeys(["adapter", "lora_r", "lora_alpha", "lora_target_linear"])
+        if rl == "kto":
+            options["remove_unused_columns"] = False
+        if rl == "simpo":
+            options["simpo_gamma"] = 0.5
+        configs.append(
+            write_config(
+                folder,
+                model=model,
+                data=folder,
+                rl=rl,
+                datasets=[data_of(rl, folder)],
+                plugins=["layersel", WITNESS],
+                layersel={"num_samples": 16, "coverage": 0.9, "report": False},
+                dataset_num_proc=0,
+                max_steps=3,
+                **options,
+            )
+        )
+    return configs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, run_inputs: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """What came of each of `RUNS`, all in one process."""
+    root = tmp_path_factory.mktemp("preference")
+    configs = write_runs(root, run_inputs["model"])
+    results = train_in_turn(root, configs)
+    for name, result in results.items():
+        if not result["error"]:
+            result["plan"] = plan_of(root / name / "out")
+    return results
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_scores_trains_the_plan_s_layers_and_stops_at_the_cut(name: str, runs: dict[str, dict[str, Any]]) -> None:
     """Without an adapter a second model is loaded as reference, with the same hooks: it must be left alone."""
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in paired(24)), encoding="utf-8")
-    fields = {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
-    fields |= {"prompt_format": "{prompt}", "chosen_format": "{chosen}", "rejected_format": "{rejected}"}
-    lora = {} if adapter else dict.fromkeys(["adapter", "lora_r", "lora_alpha", "lora_target_linear"])
-    config = write_config(
-        tmp_path,
-        model=run_inputs["model"],
-        data=tmp_path,
-        rl="dpo",
-        datasets=[{"path": str(tmp_path / "pairs.jsonl"), "ds_type": "json", "split": "train", "type": fields}],
-        layersel={"num_samples": 16, "coverage": 0.9},
-        max_steps=2,
-        **lora,
-    )
-    log = train(config).check().log
-    plan = plan_of(tmp_path / "out")
-    assert plan["sample"]["rows"] == 16 and plan["deviation"] is not None and plan["adapter"] == adapter
-    assert 0 < plan["first_trainable"] < 6
-    assert f"proved in the first step: the backward pass stops at layer {plan['first_trainable']}" in log
+    rl, _, mode = name.partition("-")
+    result = runs[name]
+    assert result["error"] == ""
+    plan = result["plan"]
+    assert plan["adapter"] == ("lora" if mode == "lora" else None)
+    assert plan["sample"]["rows"] == (12 if rl == "kto" else 16), "KTO: every other completion is undesirable"
+    assert plan["deviation"] is not None and 0 < plan["first_trainable"] < 6
+    assert result["trainer"] == TRAINERS[rl] and result["steps"] == 3
+    assert result["layers"] == plan["trainable_layers"]
+    if mode == "lora":
+        assert result["adapters"] and result["changed"] == []
+    else:
+        assert {"lm_head.weight", "model.norm.weight"} < set(result["changed"])
+        assert "model.embed_tokens.weight" not in result["changed"]
+    assert result["reference"] == ([] if mode == "full" else None)
+    assert f"proved in the first step: the backward pass stops at layer {plan['first_trainable']}" in result["log"]
