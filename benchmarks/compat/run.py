@@ -279,8 +279,8 @@ def stand_in(config: Mapping[str, Any], case: Case, folder: Path) -> tuple[dict[
             rows = make_rows(entry, config.get("rl"), folder / f"{key}-{i}.jsonl")
             kept = {k: v for k, v in entry.items() if k not in ("name", "data_files", "ds_type", "revision")}
             source = {"path": str(rows), "ds_type": "json"}
-            if key == "pretraining_dataset":
-                source = {"path": "json", "data_files": [str(rows)]}
+            if key == "pretraining_dataset" or (config.get("streaming") and config.get("sample_packing")):
+                source = {"path": "json", "data_files": [str(rows)]}  # these streams are opened without ds_type
             entries.append({**kept, **source, "split": "train"})
         if entries:
             data[key] = entries
