@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -69,18 +68,6 @@ class _SayShards(TrainerCallback):
             f"test: {len(units)} units are sharded, {[t.__name__ for u in units[:1] for t in type(u).__mro__[:2]]}",
             flush=True,
         )
-
-
-class CpuZero(BasePlugin):
-    """DeepSpeed over processes on the CPU, joined by gloo; listed before `CpuProcesses`.
-
-    accelerate 1.13 picks a backend by the accelerator that it finds, and forgets DeepSpeed where it is told of a CPU.
-    """
-
-    def register(self, cfg: Any) -> None:
-        """The first hook."""
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        PartialState(backend="gloo")
 
 
 class RayOnCpu(BasePlugin):
