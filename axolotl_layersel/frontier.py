@@ -5,7 +5,7 @@ several times over, because reentrant checkpointing needs an input that does; fr
 activations and is walked in backward, and checkpointing recomputes it. `stop_backward` takes these hooks away, and on
 the model instance puts two callables in front of the methods that would bring them back. With non-reentrant
 checkpointing nothing else is needed, and autograd finds its own end at the first trained parameter. Reentrant
-checkpointing keeps a boundary: the last frozen layer hands on a leaf that requires grad.
+checkpointing keeps a boundary: the last frozen layer hands on a leaf that requires grad. A tiled MLP needs one, too.
 
 Where something on the input side of the cut is trained, gradients must reach it: `obstacles.py` says what, and
 `restore_backward` undoes the rest. `proof.py` then watches one training step and trusts none of the above.
@@ -28,6 +28,7 @@ LOG = logging.getLogger(__name__)
 
 # transformers (modeling_utils) uses the first name, PEFT and TRL the second, for models that have no such method.
 _INPUT_GRAD_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_grad"})
+_TILED = "_compute_params"  # an attribute of the modules that axolotl tiles (`tiled_mlp`)
 
 
 class FrontierError(RuntimeError):
@@ -100,6 +101,17 @@ def boundary(module: nn.Module, _args: Any, output: Any) -> Any:
     return type(output)(leaf if item is state else item for item in output)
 
 
+def tiled_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Forward pre-hook of a tiled MLP that is trained: an input that needs no gradient becomes a leaf that does.
+
+    The autograd functions that tile, axolotl's and DeepSpeed's, know the input alone and reach the parameters on their
+    way to its gradient; in the first trained layer, with adapters on the MLP alone, none is wanted. A graph is never cut.
+    """
+    if not torch.is_grad_enabled() or args[0].requires_grad or not any(p.requires_grad for p in module.parameters()):
+        return None
+    return (args[0].detach().requires_grad_(True), *args[1:])
+
+
 def stop_backward(
     model: nn.Module, *, layers: Sequence[nn.Module], first_trainable: int, reentrant: bool = False
 ) -> None:
@@ -138,6 +150,9 @@ def stop_backward(
             vars(module)["checkpoint_fn"] = functools.partial(run_plainly, module.checkpoint_fn)
     if reentrant:
         layers[first_trainable - 1].register_forward_hook(boundary)
+    for module in (module for layer in layers[first_trainable:] for module in layer.modules()):
+        if hasattr(module, _TILED):
+            module.register_forward_pre_hook(tiled_input)
     _checkpoint_again(owners[0], everywhere=False)
 
 
@@ -218,9 +233,11 @@ def is_input_grad_hook(hook: Any) -> bool:
 
 
 def _strip_additions(model: nn.Module) -> None:
-    """Take the boundary and the wrappers' stand-ins out again."""
+    """Take the boundary, the leaves of tiled MLPs and the wrappers' stand-ins out again."""
     _strip_hooks(model.modules(), lambda hook: hook is boundary)
     for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is tiled_input]:
+            del module._forward_pre_hooks[key]
         present = vars(module).get("checkpoint_fn")
         if isinstance(present, functools.partial) and present.func is run_plainly:
             vars(module)["checkpoint_fn"] = present.args[0]
