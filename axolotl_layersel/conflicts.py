@@ -79,8 +79,10 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
             f"`activation_offloading: {cfg['activation_offloading']}` checkpoints every layer whatever it is told: "
             "use `true` or `hidden_states`."
         )
-    if cfg.get("skip_prepare_dataset") and not cut_is_given(cfg):
-        yield f"`skip_prepare_dataset` leaves rows without tokens, so they cannot be scored: remove it, or {_GIVE_CUT}."
+    if cfg.get("rl") == "simpo" and cfg.get("simpo_gamma") is None:
+        yield "`rl: simpo` without `simpo_gamma` fails in the trainer's first step: set it, 0.5 is TRL's own default."
+    if not cut_is_given(cfg):
+        yield from _rows_without_tokens(cfg)
     if (reason := sharded(cfg)) and not cut_is_given(cfg):
         yield (
             f"{reason}, so no process can run the model to score it: score once on one process with `axolotl layersel "
@@ -88,6 +90,21 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
             f"{str(cfg.get('output_dir') or 'OUTPUT_DIR').rstrip('/')}/layersel/plan.json}}`; or give the cut with "
             "`layersel: {first_layer: ...}`."
         )
+
+
+def _rows_without_tokens(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """Why there is nothing to score before training starts."""
+    collated = not (cfg.get("rl") or cfg.get("sample_packing") or cfg.get("pretraining_dataset"))
+    if cfg.get("processor_type") and collated:
+        with_rows = "" if cfg.get("skip_prepare_dataset") else ", with `skip_prepare_dataset: true` as axolotl needs it"
+        yield (
+            "`processor_type` has images and text turned into tokens batch by batch while "
+            "training, so there is nothing to score before. If your data has no images, remove `processor_type` and "
+            f"`skip_prepare_dataset`: the text is scored. For images {_GIVE_CUT}{with_rows}; a plan may come from the "
+            "same model scored on text."
+        )
+    elif cfg.get("skip_prepare_dataset"):
+        yield f"`skip_prepare_dataset` leaves rows without tokens, so they cannot be scored: remove it, or {_GIVE_CUT}."
 
 
 SCORED_RL = ("dpo", "ipo", "orpo", "simpo", "kto")  # scored on chosen and desirable completions (`preference.py`)
@@ -122,11 +139,19 @@ def _notes(cfg: Mapping[str, Any]) -> Iterator[str]:
             f"`{key}` trains embeddings, so the backward pass runs through every layer and freezing saves no compute; "
             "train without new tokens, or expect only the saving of adapters and optimizer state."
         )
+    if cfg.get("tokens") and not cfg.get("adapter"):
+        yield (
+            "`tokens` adds tokens, and full fine-tuning of a suffix freezes the input embeddings: the new rows stay as "
+            "they were initialised; use `adapter: lora` with `lora_modules_to_save: [embed_tokens, lm_head]` to train "
+            "them."
+        )
     if cfg.get("lora_model_dir"):
         yield (
             "`lora_model_dir` continues an adapter whose own file says where it sits: adapters of frozen layers stay "
             "where they are and are not trained."
         )
+    if cfg.get("tiled_mlp"):
+        yield "`tiled_mlp` keeps less for the backward pass and computes MLPs once more; the prediction counts neither."
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
     if cfg.get("gradient_checkpointing") and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"):
         if cfg.get("torch_compile"):

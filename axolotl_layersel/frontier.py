@@ -105,7 +105,7 @@ def tiled_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
     """Forward pre-hook of a tiled MLP that is trained: an input that needs no gradient becomes a leaf that does.
 
     The autograd functions that tile, axolotl's and DeepSpeed's, know the input alone and reach the parameters on their
-    way to its gradient; in the first trained layer, with adapters on the MLP alone, none is wanted. A graph is never cut.
+    way to its gradient; in the first trained layer, with adapters on the MLP alone, none is wanted. No graph is cut.
     """
     if not torch.is_grad_enabled() or args[0].requires_grad or not any(p.requires_grad for p in module.parameters()):
         return None
