@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MEDIA = ("pixel_values", "pixel_values_videos", "input_features")  # columns in which processors put images and sound
 IGNORED = -100  # the label of an unsupervised position, as everywhere in transformers
 
 
 class CalibrationError(ValueError):
-    """The training set cannot be sampled: it is empty, not tokenised, or has no supervised position."""
+    """The training set cannot be sampled: it is empty, not tokenised, not text, or has no supervised position."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def draw_rows(dataset: Any, *, num_samples: int, max_tokens: int, seed: int, seq
         sequence_len: longer rows are cut to this many tokens, as training would.
 
     Raises:
-        CalibrationError: no rows, rows without token ids, or no supervised position in any row.
+        CalibrationError: no rows, rows without token ids or with images, or no supervised position in any row.
     """
     rows: list[Row] = []
     tokens = looked_at = 0
@@ -159,6 +160,12 @@ def _rows_of(record: Mapping[str, Any]) -> Iterator[Row]:
         raise CalibrationError(
             f"rows of the training set have the columns {sorted(record)}; scoring needs `input_ids` and `labels`. "
             "Remove `skip_prepare_dataset:`, or choose the layers by hand with `layersel: {first_layer: ...}`"
+        )
+    if media := [name for name in MEDIA if record.get(name) is not None]:
+        raise CalibrationError(
+            f"rows of the training set hold images or sound (column `{media[0]}`), and scoring reads text alone: score "
+            "the same model on text and give the result with `layersel: {plan: ...}`, or choose the layers by hand "
+            "with `layersel: {first_layer: ...}`"
         )
     ids, labels = (_as_list(record[name]) for name in ("input_ids", "labels"))
     real = _as_list(record["attention_mask"]) if record.get("attention_mask") is not None else [1] * len(ids)

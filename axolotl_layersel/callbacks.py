@@ -85,6 +85,11 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
         if self.proof is not None:
             self.proof.detach()
             self.proof = None
+            LOG.warning(
+                "layersel: training ended without a single step, so nothing was trained and nothing is proved. Unless "
+                "a finished run was resumed, the data is less than one batch: with `sample_packing: true` that takes "
+                "micro_batch_size x sequence_len tokens"
+            )
 
 
 class NoPlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any to mypy here

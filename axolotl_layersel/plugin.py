@@ -42,6 +42,7 @@ class _Run:
     dataset: Any = None
     plan: Plan | None = None
     processes: Processes = field(default_factory=Processes)
+    loaded: bool = False  # the model to train is; a reference model may follow
     stops_backward: bool = False
     train_head: bool = False
 
@@ -104,7 +105,17 @@ class LayerSelPlugin(BasePlugin):
     def post_model_load(self, cfg: Any, model: nn.Module) -> None:
         """Adapters are in place: where something below the cut is trained after all, give the backward pass back."""
         current = self._current(cfg)
-        if current is None or current.plan is None or not current.stops_backward or not hasattr(model, "peft_config"):
+        if current is None or current.plan is None or current.loaded:
+            return
+        current.loaded = True
+        if not hasattr(model, "peft_config"):
+            if cfg.adapter and cfg.unfrozen_parameters and current.processes.is_main:
+                run.LOG.info(
+                    "layersel: this trainer adds the adapters itself, later; until then axolotl rightly says that all "
+                    "parameters are frozen. Before the first step the trainable ones are compared with the plan"
+                )
+            return
+        if not current.stops_backward:
             return
         found = obstacles(model, stack=find_stack(model), first_trainable=current.plan.first_trainable)
         if found and not cfg.lora_model_dir:  # adapters of frozen layers are frozen by name once the model is loaded

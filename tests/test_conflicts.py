@@ -25,7 +25,15 @@ BASE = {"plugins": ["layersel"], "adapter": "lora", "lora_target_linear": True}
         ({"rl": "grpo"}, "`rl: grpo`.*nor trained"),
         ({"rl": "grpo", "layersel": {"first_layer": 2}}, "`rl: grpo`.*nor trained"),
         ({"activation_offloading": "legacy"}, "activation_offloading: legacy.*`true` or `hidden_states`"),
-        ({"skip_prepare_dataset": True}, "skip_prepare_dataset.*first_layer"),
+        ({"skip_prepare_dataset": True}, "^`skip_prepare_dataset` leaves.*first_layer"),
+        (
+            {"processor_type": "AutoProcessor", "skip_prepare_dataset": True},
+            "^`processor_type` has images.*no images, remove.*first_layer: ...}`.*plan: ...}`;.*on text",
+        ),
+        ({"processor_type": "AutoProcessor"}, "images.*plan: ...}`, with `skip_prepare_dataset: true`"),
+        ({"processor_type": "AutoProcessor", "streaming": True}, "images.*batch by batch"),
+        ({"rl": "simpo"}, "`rl: simpo` without `simpo_gamma`.*set it, 0.5"),
+        ({"rl": "simpo", "layersel": {"first_layer": 2}}, "`rl: simpo` without `simpo_gamma`"),
         ({"fsdp_config": {"x": 1}}, "FSDP shards the model.*plan"),
         ({"deepspeed": "deepspeed_configs/zero3_bf16.json"}, "ZeRO-3.*plan"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2"),
@@ -38,7 +46,15 @@ def test_a_conflict_says_what_to_change(changes: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"skip_prepare_dataset": True}, {"fsdp_config": {"x": 1}}, {"deepspeed": "zero3.json"}, {"rl": "dpo"}]
+    "changes",
+    [
+        {"skip_prepare_dataset": True},
+        {"fsdp_config": {"x": 1}},
+        {"deepspeed": "zero3.json"},
+        {"rl": "dpo"},
+        {"processor_type": "AutoProcessor"},
+        {"processor_type": "AutoProcessor", "skip_prepare_dataset": True},
+    ],
 )
 def test_a_given_cut_needs_no_scoring_and_lifts_the_conflict(changes: dict) -> None:
     assert find_conflicts({**BASE, **changes, "layersel": {"first_layer": 3}}) == []
@@ -70,6 +86,17 @@ def test_what_costs_the_saving_is_a_note(changes: dict, message: str) -> None:
     assert len(notes) == 1
     assert notes[0].startswith(message)
     assert find_conflicts({**BASE, **changes}) == []
+
+
+@pytest.mark.parametrize("changes", [{"rl": "dpo"}, {"sample_packing": True}, {"rl": "simpo", "simpo_gamma": 0.0}])
+def test_text_that_is_tokenised_beforehand_is_scored_with_a_processor_too(changes: dict) -> None:
+    assert find_conflicts({**BASE, "processor_type": "AutoProcessor", **changes}) == []
+
+
+def test_new_tokens_without_an_adapter_are_noted() -> None:
+    (note,) = find_notes({**BASE, "adapter": None, "tokens": ["<new>"]})
+    assert note.startswith("`tokens` adds tokens, and full fine-tuning of a suffix freezes the input embeddings")
+    assert find_notes({**BASE, "tokens": ["<new>"]}) == []
 
 
 def test_a_plain_config_has_neither() -> None:

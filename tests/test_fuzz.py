@@ -26,7 +26,8 @@ CONFIG_KEYS = [
     "optimizer", "peft_layer_replication", "reward_model", "process_reward_model", "rl", "activation_offloading",
     "skip_prepare_dataset", "fsdp", "fsdp_config", "deepspeed", "tensor_parallel_size", "context_parallel_size",
     "lora_modules_to_save", "lora_target_modules", "peft_trainable_token_indices", "lora_model_dir",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs", "plugins", "layersel",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "plugins", "layersel", "processor_type", "simpo_gamma",
+    "sample_packing", "tokens",
 ]  # fmt: skip
 MODEL = tiny_llama(num_layers=5)
 
