@@ -14,9 +14,11 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl_runs import instruction_rows, write_config
 from datasets import Dataset, IterableDataset
+from image_data import image_options, make_image_model
 from models import CASES, VOCABULARY
+from PIL import Image
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel
 
 from axolotl_layersel.calibration import CalibrationError, Row, Sample, draw_rows
 from axolotl_layersel.measurement import ScoringError
@@ -274,6 +276,47 @@ def test_a_pre_training_stream_is_read_without_its_packing(
     assert torch.equal(torch.get_rng_state(), before), "packing draws from the run's own generator"
     assert all(8 < len(row.input_ids) < 80 for row in sample.rows)
     assert all(row.scored == len(row.input_ids) - 1 for row in sample.rows)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["plain", "packed"])
+def test_a_stream_of_instructions_has_its_own_mask(packing: bool, run_inputs: dict[str, Path], tmp_path: Path) -> None:
+    """`streaming: true` with `datasets:`; axolotl shuffles a stream within a buffer, here the whole of it."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in instruction_rows(12)), encoding="utf-8")
+    source = {"path": "json", "data_files": [str(path)]} if packing else {"path": str(path), "ds_type": "json"}
+    config = write_config(
+        tmp_path,
+        model=run_inputs["model"],
+        data=path,
+        plugins=None,
+        layersel=None,
+        datasets=[{**source, "split": "train", "type": "alpaca"}],
+        streaming=True,
+        sample_packing=packing,
+        pad_to_sequence_len=packing or None,
+        attn_implementation="sdpa",
+        sequence_len=512,
+    )
+    options: dict[str, Any] = {"num_samples": 64, "max_tokens": 10_000, "seed": 1, "sequence_len": 512}
+    stream = load_datasets(cfg=load_cfg(str(config))).train_dataset
+    assert isinstance(stream, IterableDataset)
+    sample = draw_rows(stream, **options)
+    whole, _ = prepare(tmp_path, run_inputs, PREPARED["alpaca"])
+    assert by_length(sample) == by_length(draw_rows(whole, **options))
+    assert len(sample.rows) == 12 and draw_rows(stream, **options) == sample
+
+
+def test_a_processor_s_text_is_read_and_its_images_are_refused(tmp_path: Path) -> None:
+    model = make_image_model(tmp_path / "model")
+    options = image_options(tmp_path, model, images=False)
+    dataset = load_datasets(
+        cfg=load_cfg(str(write_config(tmp_path, plugins=None, layersel=None, **options)))
+    ).train_dataset
+    assert len(draw(dataset, sequence_len=512).rows) == len(dataset) == 12
+    made = AutoProcessor.from_pretrained(model)(text="<start_of_image> Which?", images=Image.new("RGB", (20, 12)))
+    row = {**{name: values[0] for name, values in made.items()}, "labels": made["input_ids"][0]}
+    with pytest.raises(CalibrationError, match=r"images or sound \(column `pixel_values`\).*plan: ...}`.*first_layer"):
+        draw([row])
 
 
 def test_several_datasets_are_drawn_from_together(run_inputs: dict[str, Path], tmp_path: Path) -> None:
