@@ -150,8 +150,8 @@ def stop_backward(
             vars(module)["checkpoint_fn"] = functools.partial(run_plainly, module.checkpoint_fn)
     if reentrant:
         layers[first_trainable - 1].register_forward_hook(boundary)
-    for module in (module for layer in layers[first_trainable:] for module in layer.modules()):
-        if hasattr(module, _TILED):
+    for layer in layers[first_trainable:]:
+        for module in (m for m in layer.modules() if hasattr(m, _TILED)):
             module.register_forward_pre_hook(tiled_input)
     _checkpoint_again(owners[0], everywhere=False)
 
@@ -233,7 +233,7 @@ def is_input_grad_hook(hook: Any) -> bool:
 
 
 def _strip_additions(model: nn.Module) -> None:
-    """Take the boundary, the leaves of tiled MLPs and the wrappers' stand-ins out again."""
+    """Take the hooks that hand on leaves and the wrappers' stand-ins out again."""
     _strip_hooks(model.modules(), lambda hook: hook is boundary)
     for module in model.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is tiled_input]:
