@@ -227,3 +227,6 @@ def test_a_run_scores_trains_the_plan_s_layers_and_stops_at_the_cut(name: str, r
         assert "model.embed_tokens.weight" not in result["changed"]
     assert result["reference"] == ([] if mode == "full" else None)
     assert f"proved in the first step: the backward pass stops at layer {plan['first_trainable']}" in result["log"]
+    parts = result["log"].split("All parameters are frozen")
+    assert len(parts) == (2 if mode == "lora" and rl in ("dpo", "ipo", "kto") else 1)
+    assert [part.count("this trainer adds the adapters itself") for part in parts] == ([1, 0] if parts[1:] else [0])
