@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,21 +72,42 @@ def test_grid_starts_at_all_layers_and_ends_with_the_last(layers: int, points: i
     assert cuts[0] == 0 and cuts[-1] == layers - 1 and cuts == sorted(set(cuts)) and len(cuts) <= points
 
 
-@pytest.mark.parametrize("best", [5e-4, 3e-3, 0.018, 0.2])
-def test_the_tuned_rate_is_the_best_measured_within_half_a_step(tmp_path: Path, best: float) -> None:
-    asked: list[float] = []
+class Bowl(oracle.Sweep):
+    """A sweep whose loss is a bowl around the rate `best`, 5 nats below the base, and breaks down above `breaks`."""
 
-    class Bowl(oracle.Sweep):
-        def loss(self, kind: str, index: int, learning_rate: float, seed: int, steps: int | None = None) -> float:
-            asked.append(learning_rate)
-            return float(np.log(learning_rate / best) ** 2)
+    best, breaks = 1e-2, math.inf
 
+    def base_loss(self) -> float:
+        return 10.0
+
+    def loss(self, kind: str, index: int, learning_rate: float, seed: int, steps: int | None = None) -> float:
+        self.asked = [*getattr(self, "asked", []), learning_rate]
+        return 9.9 if learning_rate > self.breaks else 5 + float(np.log(learning_rate / self.best) ** 2)
+
+
+@pytest.fixture
+def bowl(tmp_path: Path) -> Bowl:
     model = pretrain.build_model("llama", size="quick", vocab_size=50, seed=0)
     data, runs = tasks.Rows(train=[], heldout=[]), oracle.Runs(tmp_path / "runs.jsonl")
-    sweep = Bowl("m", "t", model=model, data=data, cuts=[0], runs=runs, steps=1, rows=1)
-    found = sweep.tuned_rate("cut", 0)
-    assert found in asked and len(asked) <= 7
-    assert max(found / best, best / found) < 1.4
+    return Bowl("m", "t", model=model, data=data, cuts=[0, 3, 6, 9, 11], runs=runs, steps=1, rows=1)
+
+
+@pytest.mark.parametrize("best", [5e-4, 3e-3, 0.018, 0.2])
+def test_the_tuned_rate_was_measured_and_is_within_half_a_step(bowl: Bowl, best: float) -> None:
+    bowl.best = best
+    found = bowl.tuned_rate("cut", 0)
+    assert found in bowl.asked and len(bowl.asked) <= 7
+    assert max(found / best, best / found) < 1.83
+
+
+def test_of_rates_as_good_as_each_other_the_lowest_is_taken(bowl: Bowl) -> None:
+    assert bowl.lowest_good({1e-3: 7.0, 1e-2: 5.04, 2e-2: 5.0, 3e-2: 9.0}) == 1e-2
+
+
+def test_an_interpolated_rate_that_diverges_is_halved(bowl: Bowl) -> None:
+    bowl.breaks = 9e-3
+    rates = bowl.rates()
+    assert set(rates) == set(range(12)) and all(rates[cut] <= 9e-3 for cut in bowl.cuts)
 
 
 @pytest.mark.parametrize("arch", ["llama", "neox"])

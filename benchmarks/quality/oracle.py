@@ -4,7 +4,8 @@ One run = one line of JSON: model, task, kind (`cut`: LoRA on layers index..L-1,
 `full`: every weight of layers index..L-1; `tune-cut`, `tune-full`: to find the rate), learning rate, seed, steps,
 held-out loss. A line that is there is not run again, so a killed sweep continues.
 
-The learning rate is tuned on three cuts (five to seven points each) and interpolated between them in log rate.
+The learning rate is tuned on three cuts (five to seven points each) and interpolated in log rate for the others, where
+half a step below is tried as well.
 """
 
 import argparse
@@ -126,24 +127,45 @@ class Sweep:
         return float(run["loss"])  # type: ignore[arg-type]
 
     def rates(self, kind: str = "cut") -> dict[int, float]:
-        """Learning rate of every cut: tuned on the first, the middle and the last of the grid, interpolated between."""
+        """Learning rate of every cut: tuned on the first, the middle and the last of the grid, interpolated for others.
+
+        Deep cuts stand higher rates than shallow ones and diverge all of a sudden, so that an interpolated rate may be
+        past that point: each cut of the grid is also tried half a step below it.
+        """
         if self.tuned_on is not None:
             return self.tuned_on.rates(kind)
         tuned = [self.cuts[0], min(self.cuts, key=lambda cut: abs(cut - self.layers // 2)), self.cuts[-1]]
-        best = [self.tuned_rate(kind, cut) for cut in tuned]
-        return {cut: float(np.exp(np.interp(cut, tuned, np.log(best)))) for cut in range(self.layers)}
+        best = {cut: self.tuned_rate(kind, cut) for cut in tuned}
+        logs = np.log(list(best.values()))
+        for cut in set(self.cuts) - set(tuned):
+            rate = float(np.exp(np.interp(cut, tuned, logs)))
+            tried = {r: self.loss(f"tune-{kind}", cut, r, 0) for r in (rate / math.sqrt(self.step(kind)), rate)}
+            best[cut] = self.lowest_good(tried)
+        known = sorted(best)
+        every = np.interp(range(self.layers), known, [math.log(best[cut]) for cut in known])
+        return dict(enumerate(np.exp(every).tolist()))
 
     def tuned_rate(self, kind: str, cut: int) -> float:
-        """The best measured rate: of three, of those beyond while the best is at an end, and half a step beside it."""
+        """A good measured rate: of three, of those beyond while the best is at an end, and half a step beside it."""
         losses = {rate: self.loss(f"tune-{kind}", cut, rate, 0) for rate in RATES[kind]}
-        step = RATES[kind][1] / RATES[kind][0]
+        step = self.step(kind)
         while len(losses) < 5 and (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)):
             beyond = best / step if best == min(losses) else best * step
             losses[beyond] = self.loss(f"tune-{kind}", cut, beyond, 0)
         best = min(losses, key=losses.__getitem__)
         for rate in (best / math.sqrt(step), best * math.sqrt(step)):
             losses[rate] = self.loss(f"tune-{kind}", cut, rate, 0)
-        return min(losses, key=losses.__getitem__)
+        return self.lowest_good(losses)
+
+    def lowest_good(self, losses: dict[float, float]) -> float:
+        """The lowest rate that reaches 0.99 of the best improvement: a higher one is nearer to diverging."""
+        enough = 0.99 * (self.base_loss() - min(losses.values()))
+        return min(rate for rate, loss in losses.items() if self.base_loss() - loss >= enough)
+
+    @staticmethod
+    def step(kind: str) -> float:
+        """Factor between two rates of the first three."""
+        return RATES[kind][1] / RATES[kind][0]
 
     def run_cuts(self, seed: int, kind: str = "cut", factor: float = 1.0) -> None:
         """Every cut of the grid at its rate times `factor`."""
