@@ -57,7 +57,10 @@ def adapter_updates(
     targets = config.target_modules or set()
     if isinstance(targets, str):
         matched = _matching(targets, config, model, names)
-        updates["lora_target_modules"] = chosen = [name for name in matched if layer_of(name, stack) in kept]
+        chosen = [name for name in matched if layer_of(name, stack) in kept]
+        if targets.lower() == "all-linear" and any(_in_other_tower(name, stack) for name in chosen):
+            chosen = [name for name in chosen if layer_of(name, stack) is not None]  # the decoder's, as for lists
+        updates["lora_target_modules"] = chosen
         if not any(layer_of(name, stack) is not None for name in chosen):
             raise ValueError(
                 f"lora_target_modules {targets!r} matches {len(matched)} modules, none of them in the decoder layers "
@@ -157,9 +160,14 @@ def _outside(targets: Sequence[str], stack: DecoderStack, names: Sequence[str]) 
         name
         for name in names
         if layer_of(name, stack) is None
-        and not re.search(r"[.]\d+([.]|$)", name)
+        and not _in_other_tower(name, stack)
         and any(name == target or name.endswith(f".{target}") for target in targets)
     ]
+
+
+def _in_other_tower(name: str, stack: DecoderStack) -> bool:
+    """Whether a module is numbered as layers are, and not of the decoder: a vision tower's, for example."""
+    return layer_of(name, stack) is None and re.search(r"[.]\d+([.]|$)", name) is not None
 
 
 def _modules_to_save(

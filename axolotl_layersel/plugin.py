@@ -3,7 +3,7 @@
     register             before validation: remember the config as the user wrote it; non-reentrant checkpointing
     load_datasets        called by `train` alone: take the training set that axolotl prepares, so the run is known
     pre_lora_load        the model is whole and has no adapters yet: decide, write the plan, apply it
-    post_model_load      adapters are in place: say what still reaches below the cut
+    post_model_load      adapters are in place, or TRL will add them: say so, and what still reaches below the cut
     add_callbacks_post_trainer   hold the run to its plan (`callbacks.py`)
     post_train           the model is saved: describe the choice in its model card
 

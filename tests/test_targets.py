@@ -174,6 +174,13 @@ def test_vision_towers_get_no_adapters() -> None:
     assert {layer_of(name, find_stack(tiny("Gemma 3 multimodal"))) for name in ours} == {3}
 
 
+def test_all_linear_modules_are_those_of_the_decoder_where_there_are_towers() -> None:
+    ours, stock, _ = with_and_without({"lora_target_modules": "all-linear"}, lambda: tiny("Gemma 3 multimodal"), 3)
+    stack = find_stack(tiny("Gemma 3 multimodal"))
+    assert ours == {name for name in stock if layer_of(name, stack) == 3}
+    assert any("vision_tower" in name for name in stock)
+
+
 def test_a_regex_that_names_the_text_tower_is_narrowed_to_the_plan_s_layers() -> None:
     """As axolotl's example configs for multimodal models write it; its dots stand for any character."""
     pattern = r"model.language_model.layers.[\d]+.(mlp|cross_attn|self_attn).(up|down|gate|q|k|v|o)_proj"
