@@ -152,6 +152,12 @@ def _notes(cfg: Mapping[str, Any]) -> Iterator[str]:
         )
     if cfg.get("tiled_mlp"):
         yield "`tiled_mlp` keeps less for the backward pass and computes MLPs once more; the prediction counts neither."
+        if (cfg.get("micro_batch_size") or 1) > 1:
+            yield (
+                f"`tiled_mlp` with `micro_batch_size: {cfg['micro_batch_size']}`: where axolotl 0.19 cuts rows into "
+                "several shards, its gradients of more than one row are wrong, with this plugin or without: use "
+                "`micro_batch_size: 1`."
+            )
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
     if cfg.get("gradient_checkpointing") and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"):
         if cfg.get("torch_compile"):

@@ -99,6 +99,12 @@ def test_new_tokens_without_an_adapter_are_noted() -> None:
     assert find_notes({**BASE, "tokens": ["<new>"]}) == []
 
 
+def test_tiled_mlps_of_several_rows_are_noted() -> None:
+    one, several = (find_notes({**BASE, "tiled_mlp": True, "micro_batch_size": rows}) for rows in (1, 2))
+    assert len(one) == 1 and one[0].startswith("`tiled_mlp` keeps less for the backward pass")
+    assert several[0] == one[0] and "with `micro_batch_size: 2`" in several[1] and "gradients" in several[1]
+
+
 def test_a_plain_config_has_neither() -> None:
     assert find_conflicts(BASE) == find_notes(BASE) == []
 
