@@ -45,11 +45,11 @@ def instruction_rows(rows: int, *, first: int = 0) -> list[dict[str, str]]:
     return made
 
 
-def make_dataset(folder: Path, rows: int = 64) -> Path:
-    """An alpaca data set, `data.jsonl`, every answer supervised."""
-    path = folder / "data.jsonl"
+def make_dataset(folder: Path, rows: int = 64, *, first: int = 0, name: str = "data.jsonl") -> Path:
+    """An alpaca data set of rows first..first + rows - 1, every answer supervised."""
+    path = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in instruction_rows(rows)), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in instruction_rows(rows, first=first)), encoding="utf-8")
     return path
 
 

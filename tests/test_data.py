@@ -12,7 +12,7 @@ import pytest
 import torch
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
-from axolotl_runs import instruction_rows, write_config
+from axolotl_runs import instruction_rows, make_dataset, write_config
 from datasets import Dataset, IterableDataset
 from image_data import image_options, make_image_model
 from models import CASES, VOCABULARY
@@ -281,8 +281,7 @@ def test_a_pre_training_stream_is_read_without_its_packing(
 @pytest.mark.parametrize("packing", [False, True], ids=["plain", "packed"])
 def test_a_stream_of_instructions_has_its_own_mask(packing: bool, run_inputs: dict[str, Path], tmp_path: Path) -> None:
     """`streaming: true` with `datasets:`; axolotl shuffles a stream within a buffer, here the whole of it."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in instruction_rows(12)), encoding="utf-8")
+    path = make_dataset(tmp_path, 12)
     source = {"path": "json", "data_files": [str(path)]} if packing else {"path": str(path), "ds_type": "json"}
     config = write_config(
         tmp_path,
@@ -322,9 +321,7 @@ def test_a_processor_s_text_is_read_and_its_images_are_refused(tmp_path: Path) -
 def test_several_datasets_are_drawn_from_together(run_inputs: dict[str, Path], tmp_path: Path) -> None:
     paths = []
     for part in range(2):
-        path = tmp_path / f"part{part}.jsonl"
-        rows = instruction_rows(6, first=6 * part)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path = make_dataset(tmp_path, 6, first=6 * part, name=f"part{part}.jsonl")
         paths.append({"path": str(path), "ds_type": "json", "type": "alpaca"})
     config = write_config(
         tmp_path,

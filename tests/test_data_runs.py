@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from axolotl_runs import instruction_rows, plan_of, write_config
+from axolotl_runs import make_dataset, plan_of, write_config
 from axolotl_turns import train_in_turn
 from image_data import image_options, make_image_model
 from test_examples import trained_layers
@@ -32,12 +31,7 @@ STREAMS: dict[str, dict[str, Any]] = {
 
 def write_stream(folder: Path, model: Path, options: dict[str, Any]) -> Path:
     """Instructions in two files, read as `streaming: true` reads them."""
-    paths = []
-    for part in range(2):
-        path = folder / f"part{part}.jsonl"
-        rows = instruction_rows(12, first=12 * part)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        paths.append(str(path))
+    paths = [str(make_dataset(folder, 12, first=12 * part, name=f"part{part}.jsonl")) for part in range(2)]
     datasets = [{"path": path, "ds_type": "json", "split": "train", "type": "alpaca"} for path in paths]
     if "sample_packing" in options:  # opened by axolotl as one data set, without ds_type
         datasets = [{"path": "json", "data_files": paths, "split": "train", "type": "alpaca"}]  # type: ignore[dict-item]

@@ -147,10 +147,15 @@ def show_choices(pairs: list[Pair], names: tuple[str, ...]) -> None:
         print(f"\nThe best cuts of one seed keep {known:.4f} in the others, a fixed cut at half {fixed:.4f}.")
 
 
-def _choice(name: str, cuts: list[tuple[Pair, float]]) -> None:
+def _outcome(cuts: list[tuple[Pair, float]]) -> tuple[list[float], float, list[float]]:
+    """What is kept of every pair, the mean step cost, and the regret of every pair."""
     kept = [measured_at(p, cut) for p, cut in cuts]
-    lost = [regret(p, cut) for p, cut in cuts]
-    cost = np.mean([step_cost(p, cut) for p, cut in cuts])
+    cost = float(np.mean([step_cost(p, cut) for p, cut in cuts]))
+    return kept, cost, [regret(p, cut) for p, cut in cuts]
+
+
+def _choice(name: str, cuts: list[tuple[Pair, float]]) -> None:
+    kept, cost, lost = _outcome(cuts)
     print(f"| {name} | {np.mean(kept):.3f} | {min(kept):.3f} | {cost:.2f} | {np.median(lost):.3f} | {max(lost):.3f} |")
 
 
@@ -195,19 +200,17 @@ def show_shipped(pairs: list[Pair]) -> None:
     print("| gain | MAE | bias | worst | least kept | mean kept | step cost | median regret | worst regret |")
     print("|---|---|---|---|---|---|---|---|---|")
     for gain in WEIGHTS:
-        error, kept, cost, lost = [], [], [], []
+        error, cuts = [], []
         for p in pairs:
             weight_L = layer_weights(gain, deviation_S=p.mean("cosine"), miss_L=p.mean("miss"))
             curve = retention(weight_L, exponent=RETENTION_EXPONENT)
             error.append((curve[p.cuts] - p.measured)[1:])
-            cut = chosen_cut(curve, 0.95)
-            kept.append(measured_at(p, cut))
-            cost.append(step_cost(p, cut))
-            lost.append(regret(p, cut))
+            cuts.append((p, float(chosen_cut(curve, 0.95))))
         e = np.concatenate(error)
+        kept, cost, lost = _outcome(cuts)
         print(
             f"| {gain} | {np.abs(e).mean():.4f} | {e.mean():+.4f} | {np.abs(e).max():.3f} | {min(kept):.3f} "
-            f"| {np.mean(kept):.3f} | {np.mean(cost):.2f} | {np.median(lost):.3f} | {max(lost):.3f} |"
+            f"| {np.mean(kept):.3f} | {cost:.2f} | {np.median(lost):.3f} | {max(lost):.3f} |"
         )
 
 
@@ -223,9 +226,8 @@ def show_transfer(pairs: list[Pair], fitted: list[Pair], names: tuple[str, ...])
         control = control or misses
         gains = [c - m for c, m in zip(control, misses, strict=True)]
         low, high = bootstrap(gains)
-        cuts = [chosen_cut(predicted(p, weights(p, weight), exponent(p)), 0.95) for p in pairs]
-        kept = [measured_at(p, cut) for p, cut in zip(pairs, cuts, strict=True)]
-        cost = np.mean([step_cost(p, cut) for p, cut in zip(pairs, cuts, strict=True)])
+        cuts = [(p, float(chosen_cut(predicted(p, weights(p, weight), exponent(p)), 0.95))) for p in pairs]
+        kept, cost, _ = _outcome(cuts)
         print(
             f"| {weight} | {exponent(pairs[0]):.3f} | {np.mean(misses):.4f} | {np.mean(gains):+.4f} "
             f"({low:+.4f} to {high:+.4f}) | {min(kept):.3f} | {np.mean(kept):.3f} | {cost:.2f} |"

@@ -80,13 +80,13 @@ def measured_at(pair: Pair, cut: float, seeds: list[int] | None = None) -> float
     return float(np.interp(cut, pair.cuts, curve))
 
 
-def regret(pair: Pair, cut: int) -> float:
+def regret(pair: Pair, cut: float) -> float:
     """(loss at the cut - best loss of any cut) / (base - best loss)."""
     best = max(pair.measured)
     return float((best - measured_at(pair, cut)) / best)
 
 
-def step_cost(pair: Pair, cut: int) -> float:
+def step_cost(pair: Pair, cut: float) -> float:
     """FLOPs of a LoRA step without checkpointing, as a ratio to all layers: 1 - f/2, share f of the layers frozen."""
     return 1 - cut / pair.layers / 2
 
