@@ -63,7 +63,7 @@ def score(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     python -m axolotl_layersel score config.yml --json | jq .first_trainable
     """
     with _one_paragraph_errors(), _only_results_on_stdout():
-        from axolotl_layersel import standalone
+        from axolotl_layersel.integration import commands as standalone
 
         plan, path = standalone.score(config, standalone.parse_overrides(overrides))
     click.echo(plan.to_json() if as_json else str(path), nl=not as_json)
@@ -83,7 +83,7 @@ def show(plan: Path, as_json: bool) -> None:
     """
     with _one_paragraph_errors():
         from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER, read_plan
-        from axolotl_layersel.report import table
+        from axolotl_layersel.report.table import table
 
         values = read_plan(plan)
         if as_json:
@@ -113,7 +113,8 @@ def compare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     python -m axolotl_layersel compare config.yml --json > methods.json
     """
     with _one_paragraph_errors(), _only_results_on_stdout():
-        from axolotl_layersel import comparison, standalone
+        from axolotl_layersel.compare import methods as comparison
+        from axolotl_layersel.integration import commands as standalone
 
         choices, about = standalone.compare(config, standalone.parse_overrides(overrides))
     if as_json:
@@ -139,7 +140,7 @@ def recipe(plan: Path, config: Path, plain: bool, output: Path | None) -> None:
     """
     with _one_paragraph_errors():
         from axolotl_layersel.plan import read_plan, write_text
-        from axolotl_layersel.recipe import read_config, recipe_text
+        from axolotl_layersel.report.recipe import read_config, recipe_text
 
         text = recipe_text(read_config(config), read_plan(plan), plain=plain)
         if output is None:

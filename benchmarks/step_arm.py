@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from axolotl_layersel.balance import measure_balance
-from axolotl_layersel.cost import Mode, price_cuts, probe_mode
-from axolotl_layersel.flops import StepShape, product_flops
-from axolotl_layersel.frontier import stop_backward
-from axolotl_layersel.stack import DecoderStack, find_stack
+from axolotl_layersel.cost.balance import measure_balance
+from axolotl_layersel.cost.cut_cost import Mode, price_cuts, probe_mode
+from axolotl_layersel.cost.flops import StepShape, product_flops
+from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
+from axolotl_layersel.training.backward_cut import stop_backward
 
 # Published shapes; the first three are for a CPU.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -130,7 +130,7 @@ class Trainee:
         self.peak = 0
 
     def predict(self, arms: Sequence[Arm]) -> dict[Arm, Prediction]:
-        """What `cost.py` says of every arm, before anything is prepared for training."""
+        """What `cut_cost.py` says of every arm, before anything is prepared for training."""
         stack = find_stack(self.model)
         mode = mode_of(self.setting, stack)
         probe = probe_mode(stack, mode=mode, autocast=self.autocast)

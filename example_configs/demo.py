@@ -301,7 +301,7 @@ def summary(output_dir: Path) -> None:
         SystemExit: no checkpoint, so the run has not finished.
     """
     from axolotl_layersel.plan import read_plan
-    from axolotl_layersel.report import print_plan
+    from axolotl_layersel.report.table import print_plan
 
     states = sorted(output_dir.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
     if not states:

@@ -36,7 +36,7 @@ from axolotl_runs import instruction_rows, make_tokenizer  # noqa: E402
 from models import CASES, EXPERTS, GEMMA_3N, NUM_LAYERS, Case  # noqa: E402
 from test_examples import StandIn, make_stand_in, train  # noqa: E402
 
-from axolotl_layersel.conflicts import find_conflicts  # noqa: E402
+from axolotl_layersel.config.conflicts import find_conflicts  # noqa: E402
 
 SEQUENCE_LEN = 512  # Llama 3's template writes a system prompt of some 100 tokens of a tiny vocabulary
 SECONDS = 120  # for one config

@@ -32,7 +32,7 @@ from merits import (
 )
 from scipy.stats import spearmanr
 
-from axolotl_layersel.gain import RETENTION_EXPONENT, WEIGHTS, layer_weights, retention
+from axolotl_layersel.method.gain import RETENTION_EXPONENT, WEIGHTS, layer_weights, retention
 
 CONTROLS = ("uniform", "ramp", "ramp:squared", "ramp:cubed")  # none of them looks at data
 OURS = (

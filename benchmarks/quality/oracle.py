@@ -22,7 +22,7 @@ from tasks import TASKS, Rows, build_task
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from axolotl_layersel.stack import find_stack
+from axolotl_layersel.model.decoder_stack import find_stack
 
 RATES = {"cut": (3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)}
 

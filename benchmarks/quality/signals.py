@@ -21,10 +21,8 @@ from tasks import TASKS, build_task
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from axolotl_layersel.semantics import semantic_bases
-from axolotl_layersel.stack import find_stack
-from axolotl_layersel.trace import read_states
-from axolotl_layersel.transition import (
+from axolotl_layersel.method.label_semantics import semantic_bases
+from axolotl_layersel.method.transition import (
     cosine_deviation,
     factual_transition,
     fit_temperature,
@@ -34,6 +32,8 @@ from axolotl_layersel.transition import (
     transition_miss,
     virtual_transition,
 )
+from axolotl_layersel.model.decoder_stack import find_stack
+from axolotl_layersel.model.latent_states import read_states
 
 Row = tuple[list[int], list[int]]
 SMOOTHING = (100.0, 1000.0, 3000.0, 10000.0)  # pseudo-counts of the model's own marginal

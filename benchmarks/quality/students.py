@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from axolotl_layersel.stack import find_stack
-from axolotl_layersel.trace import read_states
+from axolotl_layersel.model.decoder_stack import find_stack
+from axolotl_layersel.model.latent_states import read_states
 
 IGNORED = -100
 

@@ -1,0 +1,1 @@
+"""Other methods and signals on the same rows."""

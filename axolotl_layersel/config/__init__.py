@@ -1,0 +1,1 @@
+"""What a user writes: options and what contradicts them."""

@@ -1,0 +1,94 @@
+"""The `layersel:` block of an axolotl config: every default, bound and option text, once.
+
+`LayerSelArgs` is what axolotl merges into its own config model; the block itself is `LayerSelOptions`.
+The README's option table is compared with this file by a test.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
+
+from axolotl_layersel.config.conflicts import find_conflicts
+
+DeviationName = Literal["cosine", "semantic_loss", "logit_lens"]
+GainName = Literal["transition", "remaining", "drop", "uniform"]
+PolicyName = Literal["coverage", "peak_gain", "budget"]
+
+
+class LayerSelOptions(BaseModel):
+    """The options of one run. Unknown keys and values out of range are refused by name."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    num_samples: int = Field(
+        default=128, ge=1, le=1_000_000, description="rows drawn from the training set, seeded by the config's `seed`"
+    )
+    max_tokens: int = Field(
+        default=65_536, ge=1, le=1_000_000_000, description="most scored (supervised) tokens over all drawn rows"
+    )
+    deviation: DeviationName = Field(
+        default="cosine", description="how far a latent state is from the semantics of its label"
+    )
+    gain: GainName = Field(default="transition", description="how deviations become the weight of each layer")
+    policy: PolicyName = Field(default="coverage", description="how gains become a suffix of trained layers")
+    coverage: float = Field(
+        default=0.95,
+        gt=0.0,
+        le=1.0,
+        description="smallest suffix predicted to keep this share of the improvement of training all layers",
+    )
+    budget: StrictInt | StrictFloat = Field(
+        default=1.0,
+        gt=0,
+        description="most decoder layers to train: a fraction of them (0.5, 1.0) or a count (12)",
+    )
+    min_layers: int = Field(default=1, ge=1, description="fewest decoder layers to train")
+    first_layer: int | None = Field(
+        default=None, ge=0, description="a cut chosen by hand: train layers first_layer..L-1, score nothing"
+    )
+    plan: str | None = Field(default=None, description="path of a saved plan: apply it, score nothing")
+    stop_backward: bool = Field(default=True, description="cut the backward pass at the first trainable layer")
+    train_head: Literal["auto"] | bool = Field(
+        default="auto",
+        description="full fine-tuning: final norm and head too, where that does not reach the embeddings",
+    )
+    report: bool = Field(default=True, description="figures and report in `<output_dir>/layersel/`")
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_is_fraction_or_count(cls, value: int | float) -> int | float:
+        if isinstance(value, float) and value > 1.0:
+            raise ValueError(
+                f"budget is {value}; allowed is a fraction of the layers in (0, 1] or a whole number of layers: "
+                "write for example 0.5 or 12"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_source_of_the_cut(self) -> LayerSelOptions:
+        if self.first_layer is not None and self.plan is not None:
+            raise ValueError(
+                f"both first_layer ({self.first_layer}) and plan ({self.plan!r}) are given; "
+                "a run takes its cut from one of them: remove the other"
+            )
+        return self
+
+
+class LayerSelArgs(BaseModel):
+    """What axolotl merges into its config model: the block, and the checks on the whole config around it."""
+
+    layersel: LayerSelOptions | None = None
+    layersel_written_keys: list[str] | None = Field(
+        default=None, description="written by the plugin itself in the driver of a Ray run, for its workers"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_layersel_conflicts(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            conflicts = find_conflicts(data)
+            if conflicts:
+                raise ValueError("layersel: " + " ".join(conflicts))
+        return data

@@ -1,0 +1,1 @@
+"""Where axolotl comes in; no other subpackage knows it."""

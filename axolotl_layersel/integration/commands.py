@@ -1,0 +1,170 @@
+"""Score or compare without training: config, data and model as axolotl loads them for a run, and nothing after that.
+
+Both go through axolotl's own loaders and hooks, so what is scored is what a run would score. `score` arms the plugin
+as `axolotl train` does; its hook decides and writes the plan while the model is loaded. `compare` visits the same hook
+and writes nothing. Settings that split a model over processes are left out: one process scores for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets, load_preference_datasets
+from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.loaders import ModelLoader, load_processor, load_tokenizer
+from torch import nn
+
+from axolotl_layersel import LayerSelPlugin
+from axolotl_layersel.compare.methods import Choice, Rule, compare_methods
+from axolotl_layersel.config.conflicts import names_plugin
+from axolotl_layersel.integration import apply
+from axolotl_layersel.integration import decide as run
+from axolotl_layersel.integration import run_settings as settings
+from axolotl_layersel.integration import runnable_model as readiness
+from axolotl_layersel.model.decoder_stack import find_stack
+from axolotl_layersel.plan import Plan, read_plan
+from axolotl_layersel.report.recipe import read_config
+
+DOTTED_NAME = "axolotl_layersel.LayerSelPlugin"
+_SPLITTING = (
+    *("fsdp", "fsdp_config", "fsdp_version", "deepspeed"),
+    *("tensor_parallel_size", "context_parallel_size", "expert_parallel_size"),
+)
+_RESUMING = {"resume_from_checkpoint": None, "auto_resume_from_checkpoints": None}
+
+
+def score(config: Path, overrides: Mapping[str, Any]) -> tuple[Plan, Path]:
+    """Score the config's model on its data and write the plan; a cut or a plan that the config gives is left aside.
+
+    Args:
+        config: an axolotl config.
+        overrides: keys to change, nested ones as `block__key`.
+
+    Returns:
+        The plan and its file.
+
+    Raises:
+        ValueError: the config is not valid, or its model or data cannot be scored.
+    """
+    cfg = _load(config, overrides)
+    manager = PluginManager.get_instance()
+    manager.load_datasets(cfg, preprocess=False)  # arms the plugin, as `axolotl train` does
+    _load_model(cfg)
+    manager.post_train_unload(cfg)
+    path = settings.plan_path(cfg)
+    return read_plan(path), path
+
+
+def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], dict[str, Any]]:
+    """What every method would choose for the config's model on its data; writes nothing.
+
+    Returns:
+        The choices, and what they were made on.
+
+    Raises:
+        ValueError: the config is not valid, or its model or data cannot be scored.
+    """
+    cfg = _load(config, overrides)
+    options = settings.options_of(cfg)
+    meta = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
+    sample = run.draw_sample(cfg, meta.train_dataset)
+    seed = settings.seed_of(cfg)
+    found: list[Choice] = []
+    about: dict[str, Any] = {
+        "base_model": cfg.base_model,
+        "adapter": cfg.adapter,
+        "sample": {
+            "rows": len(sample.rows),
+            "tokens": sample.tokens,
+            "seed": seed,
+            "fingerprint": sample.fingerprint(),
+        },
+        "policy": options.policy,
+        "coverage": options.coverage,
+    }
+
+    def visit(model: nn.Module) -> None:
+        readiness.place(model)
+        stack = find_stack(model)
+        about["num_layers"] = stack.num_layers
+        bare = Plan(base_model=cfg.base_model, adapter=cfg.adapter, num_layers=stack.num_layers, first_trainable=0)
+        prediction = apply.complete(cfg, model, bare, {}).prediction or {}
+        with readiness.ready_to_run(model, stack):
+            found[:] = compare_methods(
+                model,
+                sample.rows,
+                deviation=options.deviation,
+                gain=options.gain,
+                rule=Rule(options.policy, options.coverage, options.budget, options.min_layers),
+                seed=seed,
+                batch_tokens=max(cfg.micro_batch_size or 1, 1) * cfg.sequence_len,
+                autocast=settings.autocast_of(cfg),
+                step_of_cut=prediction.get("per_cut", {}).get("step"),
+            )
+
+    with _visiting(visit):
+        _load_model(cfg)
+    return found, about
+
+
+def _load(config: Path, overrides: Mapping[str, Any]) -> Any:
+    """The validated config, with the plugin, for one process, and without a cut."""
+    written = read_config(config)
+    changes: dict[str, Any] = {key: None for key in (*_SPLITTING, *_RESUMING) if written.get(key) is not None}
+    if not names_plugin(written):
+        changes["plugins"] = [*(written.get("plugins") or []), DOTTED_NAME]
+    block = written.get("layersel") or {}
+    changes |= {f"layersel__{key}": None for key in ("first_layer", "plan") if block.get(key) is not None}
+    cfg = load_cfg(str(config), **{**changes, **overrides})
+    for plugin in PluginManager.get_instance().plugins.values():
+        if isinstance(plugin, LayerSelPlugin):  # the recipe keeps what was only left out for scoring
+            plugin.config_as_written |= {key: written[key] for key in changes if key in _SPLITTING}
+    return cfg
+
+
+def _load_model(cfg: Any) -> None:
+    tokenizer = load_tokenizer(cfg)
+    processor = load_processor(cfg, tokenizer) if cfg.is_multimodal else None
+    ModelLoader(cfg, tokenizer, processor=processor).load()
+
+
+class _Visitor(BasePlugin):  # type: ignore[misc]  # axolotl ships no types
+    """Looks at the model where the plugin would decide."""
+
+    def __init__(self, visit: Callable[[nn.Module], None]) -> None:
+        super().__init__()
+        self.visit = visit
+
+    def pre_lora_load(self, cfg: Any, model: nn.Module) -> None:
+        """The model is whole and has no adapters yet."""
+        self.visit(model)
+
+
+@contextmanager
+def _visiting(visit: Callable[[nn.Module], None]) -> Iterator[None]:
+    plugins = PluginManager.get_instance().plugins
+    plugins["layersel-visitor"] = _Visitor(visit)
+    try:
+        yield
+    finally:
+        del plugins["layersel-visitor"]
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """`block.key=value` or `key=value`, values as YAML, to the form that axolotl takes.
+
+    Raises:
+        ValueError: a pair without "=".
+    """
+    values = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{pair!r} is not KEY=VALUE; write for example layersel.coverage=0.9")
+        values[key.replace(".", "__", 1)] = yaml.safe_load(value)
+    return values

@@ -1,0 +1,165 @@
+"""axolotl's hooks, thin: when things happen. What happens is in `decide.py`, why in `score_layers.py`.
+
+    register             before validation: remember the config as the user wrote it; non-reentrant checkpointing
+    load_datasets        called by `train` alone: take the training set that axolotl prepares, so the run is known
+    pre_lora_load        the model is whole and has no adapters yet: decide, write the plan, apply it
+    post_model_load      adapters are in place, or TRL will add them: say so, and what still reaches below the cut
+    add_callbacks_post_trainer   hold the run to its plan (`plan_guard.py`)
+    post_train           the model is saved: describe the choice in its model card
+
+Inference, merging, evaluation and preprocessing load models and datasets too, but never call `load_datasets` with
+`preprocess=False`: nothing happens there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin, PluginManager
+from torch import nn
+
+from axolotl_layersel.config.conflicts import cut_is_given, names_plugin
+from axolotl_layersel.integration import apply
+from axolotl_layersel.integration import decide as run
+from axolotl_layersel.integration import run_settings as settings
+from axolotl_layersel.integration.output_folder import release_folders
+from axolotl_layersel.integration.processes import Processes, join_processes
+from axolotl_layersel.integration.ray_workers import config_as_written
+from axolotl_layersel.model.decoder_stack import find_stack
+from axolotl_layersel.plan import Plan
+from axolotl_layersel.report.model_card import add_to_model_card
+from axolotl_layersel.report.step_timer import StepTimer
+from axolotl_layersel.report.trackers import tracker_callback
+from axolotl_layersel.training import backward_cut as frontier
+from axolotl_layersel.training.plan_guard import NoPlanGuard, PlanGuard
+from axolotl_layersel.training.trained_below_cut import obstacles
+
+
+@dataclass
+class _Run:
+    """What is known of the run that this process trains."""
+
+    cfg: Any
+    dataset: Any = None
+    plan: Plan | None = None
+    processes: Processes = field(default_factory=Processes)
+    loaded: bool = False  # the model to train is; a reference model may follow
+    stops_backward: bool = False
+    train_head: bool = False
+
+
+class LayerSelPlugin(BasePlugin):
+    """Select the decoder layers to fine-tune by semantic transition; see the package's README."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config_as_written: dict[str, Any] = {}
+        self._run: _Run | None = None
+
+    def register(self, cfg: Any) -> None:
+        """Remember the raw config; make checkpointing non-reentrant where the user did not choose."""
+        self.config_as_written = config_as_written(cfg)
+        if names_plugin(cfg) and cfg.get("gradient_checkpointing") and not cfg.get("gradient_checkpointing_kwargs"):
+            cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+
+    def get_input_args(self) -> str | None:
+        """The options' model, named once: the plugin may be listed under both of its names."""
+        return "axolotl_layersel.config.options.LayerSelArgs" if self._acts() else None
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
+        """Let axolotl load the training set, keep a reference for scoring, and hand it on."""
+        if preprocess or not names_plugin(cfg) or not self._acts():
+            return None
+        self._run = _Run(cfg=cfg)
+        others = [p for p in PluginManager.get_instance().plugins.values() if not isinstance(p, LayerSelPlugin)]
+        if cut_is_given(cfg) and any(type(p).load_datasets is not BasePlugin.load_datasets for p in others):
+            return None  # theirs is the training set; nothing is scored on it. Two of them are refused by axolotl
+        from axolotl.common.datasets import load_datasets, load_preference_datasets
+
+        meta = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
+        self._run.dataset = meta.train_dataset
+        return meta
+
+    def pre_lora_load(self, cfg: Any, model: nn.Module) -> None:
+        """Decide which layers to train, write the plan, write the config keys, stop the backward pass at the cut."""
+        current = self._current(cfg)
+        if current is None or current.plan is not None:  # a reference model is loaded with the same config
+            return
+        current.processes = processes = join_processes(cpu=bool(cfg.use_cpu))
+        with processes.stopping_together():
+            processes.main_only(lambda: run.claim(cfg))
+            plan = run.decide(cfg, model, current.dataset, processes=processes)
+            updates = apply.config_updates(cfg, model, plan)
+            plan = apply.complete(cfg, model, plan, updates)
+            processes.main_only(lambda: apply.publish(cfg, plan, config_as_written=self.config_as_written))
+        current.plan = plan
+        for key, value in updates.items():
+            cfg[key] = value
+        stack = find_stack(model)
+        current.train_head = settings.trains_head(cfg, stack)
+        current.stops_backward = settings.stops_backward(cfg)
+        if current.stops_backward:
+            frontier.stop_backward(
+                model, layers=stack.layers, first_trainable=plan.first_trainable, reentrant=settings.reentrant(cfg)
+            )
+
+    def post_model_load(self, cfg: Any, model: nn.Module) -> None:
+        """Adapters are in place: where something below the cut is trained after all, give the backward pass back."""
+        current = self._current(cfg)
+        if current is None or current.plan is None or current.loaded:
+            return
+        current.loaded = True
+        if not hasattr(model, "peft_config"):
+            if cfg.adapter and cfg.unfrozen_parameters and current.processes.is_main:
+                run.LOG.info(
+                    "layersel: this trainer adds the adapters itself, later; until then axolotl rightly says that all "
+                    "parameters are frozen. Before the first step the trainable ones are compared with the plan"
+                )
+            return
+        if not current.stops_backward:
+            return
+        found = obstacles(model, stack=find_stack(model), first_trainable=current.plan.first_trainable)
+        if found and not cfg.lora_model_dir:  # adapters of frozen layers are frozen by name once the model is loaded
+            current.stops_backward = False
+            frontier.restore_backward(model)
+            run.LOG.warning("layersel: freezing saves no compute in this run: %s", " ".join(found))
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """Hold the run to its plan; without one, evaluation is let through and training is not."""
+        if not names_plugin(cfg) or not self._acts():
+            return []
+        current = self._current(cfg)
+        if current is None or current.plan is None:
+            return [NoPlanGuard()]
+        return [
+            PlanGuard(
+                current.plan,
+                train_head=current.train_head,
+                stops_backward=current.stops_backward,
+                reentrant=settings.reentrant(cfg),
+            ),
+            StepTimer(current.plan, trainer=trainer),
+            tracker_callback(current.plan, settings.plan_path(cfg).parent, trainer=trainer),
+        ]
+
+    def post_train(self, cfg: Any, model: nn.Module) -> None:
+        """Describe the choice in the model card; axolotl calls this before and after it writes the card."""
+        current = self._current(cfg)
+        if current is not None and current.plan is not None and current.processes.is_main:
+            add_to_model_card(Path(cfg.output_dir) / "README.md", current.plan)
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """Forget the run, and let others train into its folder."""
+        self._run = None
+        release_folders()
+
+    def _current(self, cfg: Any) -> _Run | None:
+        """The run of this very config object, or None outside of training."""
+        return self._run if self._run is not None and self._run.cfg is cfg else None
+
+    def _acts(self) -> bool:
+        """Whether this is the first of possibly two instances that axolotl made, one for each spelling."""
+        instances = [p for p in PluginManager.get_instance().plugins.values() if isinstance(p, LayerSelPlugin)]
+        return bool(instances) and instances[0] is self

@@ -1,0 +1,1 @@
+"""The method: rows to latent states to gains to a cut."""

@@ -1,0 +1,175 @@
+"""Measure the calibration sample: one forward pass, its latent states read as they come, sums for each row.
+
+The first batch proves the stack before anything is believed. Out of memory halves the batches and goes on; a row whose
+states are not finite stops the run with its number and the likely cause.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from axolotl_layersel.method.calibration import IGNORED, Batch, Row, batches
+from axolotl_layersel.method.label_semantics import SemanticBases, semantic_bases, unembedding_weight
+from axolotl_layersel.method.transition import (
+    Deviation,
+    RowStatistics,
+    TransitionMeter,
+    cosine_deviation,
+    fit_temperature,
+    logit_lens_loss,
+    semantic_loss,
+)
+from axolotl_layersel.model.decoder_stack import DecoderStack
+from axolotl_layersel.model.latent_states import read_states
+from axolotl_layersel.model.verify_stack import prove_stack
+
+LOG = logging.getLogger("axolotl.integrations.layersel")
+
+Progress = Callable[[int, int], None]  # rows done, tokens done
+
+
+class ScoringError(ValueError):
+    """The model or a row gives numbers from which no layer can be selected."""
+
+
+def measure(
+    model: nn.Module,
+    stack: DecoderStack,
+    rows: Sequence[Row],
+    indices: Sequence[int],
+    *,
+    deviation: str,
+    batch_tokens: int,
+    progress: Progress = lambda rows, tokens: None,
+) -> RowStatistics:
+    """Statistics of `rows[indices]` from one forward pass each; out of memory halves the batch and goes on."""
+    device = next(stack.embeddings.parameters()).device
+    _check_tokens(rows, indices, num_embeddings=next(stack.embeddings.parameters()).shape[0])
+    bases = semantic_bases(unembedding_weight(stack.head))
+    norm = copy.deepcopy(stack.final_norm).float()  # read in float32 whatever the model's dtype
+    pending = list(batches(rows, indices, batch_tokens=batch_tokens))
+    common = next(batches(rows, range(len(rows)), batch_tokens=batch_tokens))  # the same on every process
+    parts = [RowStatistics.empty(stack.num_layers)]
+    tokens = 0
+    measured = None
+    while pending:
+        batch = pending.pop(0)
+        try:
+            on_device = batch.to(device)
+            if measured is None:
+                prove_stack(model, stack, input_ids=on_device.input_ids[:1, :64])
+                measured = _deviation(deviation, stack, common.to(device), bases=bases, norm=norm)
+            part = _measure_batch(stack, on_device, bases=bases, norm=norm, deviation=measured)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            if len(batch.rows) == 1:
+                raise ScoringError(
+                    f"one row of {batch.input_ids.shape[1]} tokens alone is too much for the memory of {device} "
+                    f"({error}); lower sequence_len, or choose the layers by hand with `layersel: {{first_layer: ...}}`"
+                ) from error
+            LOG.warning("out of memory with %d rows in a batch; scoring goes on with half of them", len(batch.rows))
+            pending = [half for b in (batch, *pending) for half in b.halves()]
+            common = common.halves()[0]
+            continue
+        _check_finite(part, model, rows)
+        parts.append(part)
+        tokens += int(batch.attention_mask.sum())
+        progress(sum(len(p.rows_R) for p in parts), tokens)
+    return RowStatistics.merge(parts)
+
+
+def _check_tokens(rows: Sequence[Row], indices: Sequence[int], *, num_embeddings: int) -> None:
+    """A GPU would stop at such a token with an assertion that names nothing."""
+    for index in indices:
+        largest = max(*rows[index].input_ids, *rows[index].labels)
+        if largest >= num_embeddings:
+            raise ScoringError(
+                f"row {index} of the calibration sample holds the token id {largest}, and the model has "
+                f"{num_embeddings} embeddings: the tokenizer is another model's, or its added tokens are not listed in "
+                "`tokens:` or `special_tokens:`"
+            )
+
+
+def _measure_batch(
+    stack: DecoderStack, batch: Batch, *, bases: SemanticBases, norm: nn.Module, deviation: Deviation
+) -> RowStatistics:
+    scored_BT = batch.targets != IGNORED
+    labels_N = batch.targets[scored_BT]
+    meter = TransitionMeter(
+        num_layers=stack.num_layers,
+        labels_N=labels_N,
+        rows_N=scored_BT.nonzero()[:, 0],
+        num_rows=len(batch.rows),
+        bases_ND=bases.of(labels_N),
+        deviation=deviation,
+    )
+    last: list[Tensor] = []
+
+    def reader(state: int, hidden_BTD: Tensor) -> None:
+        states_ND = _read(norm, hidden_BTD[scored_BT.to(hidden_BTD.device)])
+        meter.add(state, states_ND.to(labels_N.device))
+        last[:] = [states_ND]
+
+    read_states(stack, input_ids=batch.input_ids, attention_mask=batch.attention_mask, reader=reader)
+    with torch.autocast(labels_N.device.type, enabled=False):
+        loss_N = logit_lens_loss(last[0].to(labels_N.device), labels_N, bases.weight_VD)
+    return meter.finish(rows=list(batch.rows), loss_N=loss_N)
+
+
+def _read(norm: nn.Module, hidden_ND: Tensor) -> Tensor:
+    """The representation N(h), in float32 and outside of autocast."""
+    parameter = next(norm.parameters(), None)  # some norms have no weights
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        states_ND: Tensor = norm(hidden_ND.float() if parameter is None else hidden_ND.to(parameter))
+    return states_ND
+
+
+def _deviation(name: str, stack: DecoderStack, batch: Batch, *, bases: SemanticBases, norm: nn.Module) -> Deviation:
+    """The state deviation of that name; `semantic_loss` fits its temperature on the last space of this batch."""
+    if name == "cosine":
+        return lambda states_ND, labels_N, bases_ND: cosine_deviation(states_ND, bases_ND)
+    if name == "logit_lens":
+        return lambda states_ND, labels_N, bases_ND: logit_lens_loss(states_ND, labels_N, bases.weight_VD)
+    if name != "semantic_loss":
+        raise ValueError(f"deviation is {name!r}; allowed are cosine, semantic_loss, logit_lens")
+    unit_bases_VD = F.normalize(bases.all(), dim=-1)
+    scored_BT = batch.targets != IGNORED
+    last: list[Tensor] = []
+
+    def reader(state: int, hidden_BTD: Tensor) -> None:
+        if state == stack.num_layers:
+            last.append(_read(norm, hidden_BTD[scored_BT]))
+
+    read_states(stack, input_ids=batch.input_ids, attention_mask=batch.attention_mask, reader=reader)
+    temperature = fit_temperature(last[0], batch.targets[scored_BT], unit_bases_VD)
+    return lambda states_ND, labels_N, bases_ND: semantic_loss(
+        states_ND, labels_N, unit_bases_VD, temperature=temperature
+    )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; for the CPU and for cuBLAS, torch says so only in words."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
+def _check_finite(part: RowStatistics, model: nn.Module, rows: Sequence[Row]) -> None:
+    finite_R = np.isfinite(part.deviation_RS).all(axis=1) & np.isfinite(part.miss_RL).all(axis=1)
+    if finite_R.all():
+        return
+    broken = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+    cause = (
+        f"the parameter {broken!r} holds NaN or Inf: check the checkpoint that base_model names"
+        if broken
+        else "all parameters are finite, so the forward pass overflows: try bf16 instead of fp16, or look at these rows"
+    )
+    named = ", ".join(f"{rows[i].source} ({i} of the calibration sample)" for i in part.rows_R[~finite_R].tolist())
+    raise ScoringError(f"training rows give latent states that are not finite: {named}; {cause}")

@@ -1,0 +1,1 @@
+"""Find and read a model: decoder stack, latent states, parameter names."""

@@ -1,0 +1,1 @@
+"""What a user sees: table, figure, page, model card, trackers, recipe."""

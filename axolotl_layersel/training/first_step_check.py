@@ -1,0 +1,171 @@
+"""Hold a run to its plan: the trainable parameters by name, and in the first step where the gradients go.
+
+Nothing here trusts what `backward_cut.py` did. The output of the last frozen layer must need no gradient, and every
+trainable parameter whose module ran must get one; a module that did not run in the step, such as an expert without
+tokens, is excused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from axolotl_layersel.model.decoder_stack import unwrap
+from axolotl_layersel.model.parameter_names import normalise, shorten
+from axolotl_layersel.training.backward_cut import FrontierError, boundary, check_cut, is_input_grad_hook
+
+LOG = logging.getLogger("axolotl.integrations.layersel")
+
+
+def check_trainable(model: nn.Module, *, expected: Collection[str]) -> None:
+    """Compare the parameters that require grad with the plan's, by name and without regard to wrappers.
+
+    Raises:
+        FrontierError: with the names that are missing and those that are trained although the plan freezes them.
+    """
+    trained = {normalise(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    planned = {normalise(name) for name in expected}
+    if not planned:
+        raise FrontierError("the plan trains no parameter at all")
+    if trained != planned:
+        raise FrontierError(
+            f"the trainable parameters are not those of the plan; "
+            f"missing, {len(planned - trained)}: {shorten(planned - trained)}; "
+            f"unexpected, {len(trained - planned)}: {shorten(trained - planned)}"
+        )
+
+
+class FirstStepProof:
+    """Watches one training step: the last frozen layer needed no gradient, every trained parameter got one.
+
+    `attach` before the first forward pass, `check` after the first backward pass and before the optimizer step. A
+    compiled model is compiled once more when the hooks go; which of its modules ran is not known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Sequence[nn.Module],
+        first_trainable: int,
+        expected_trainable: Collection[str],
+    ) -> None:
+        check_cut(layers, first_trainable)
+        self._model, self._layers, self._cut = model, tuple(layers), first_trainable
+        self._expected = expected_trainable
+        self._handles: list[RemovableHandle] = []
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._needed: set[bool] = set()  # did the output of layer k-1 need gradient, in a pass with gradients on
+        self._ran: set[str] = set()  # parameters whose module ran outside of compiled code, and decoder layers
+        self._reached: set[str] = set()  # parameters that got a gradient
+
+    def attach(self) -> None:
+        """Install the hooks.
+
+        Raises:
+            FrontierError: the trainable parameters are not the expected ones, or the layers not those of the model.
+        """
+        self.detach()
+        check_trainable(self._model, expected=self._expected)
+        modules = {id(module) for module in self._model.modules()}
+        if not all(id(unwrap(layer)) in modules for layer in self._layers):
+            raise FrontierError("the decoder layers to watch are not part of the model")
+        self._needed, self._ran, self._reached = set(), set(), set()
+        trained = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+        self._parameters = {normalise(name): parameter for name, parameter in trained}
+        names = {id(parameter): normalise(name) for name, parameter in trained}
+        if self._cut > 0:
+            self._handles.append(self._layers[self._cut - 1].register_forward_hook(self._watch_boundary))
+        for module in self._model.modules():
+            owned = [names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad]
+            if owned:
+                self._handles.append(module.register_forward_hook(self._note_run(owned)))
+        for index, layer in list(enumerate(self._layers))[self._cut :]:
+            self._handles.append(layer.register_forward_hook(self._note_run([f"decoder layer {index}"])))
+        for name, parameter in self._parameters.items():
+            self._handles.append(parameter.register_hook(self._note_gradient(name)))
+
+    def detach(self) -> None:
+        """Remove the hooks; nothing of the proof stays in the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def check(self) -> list[str]:
+        """Judge the step that was watched, and remove the hooks.
+
+        Returns:
+            The trained parameters that got no gradient because their module did not run, such as those of experts
+            that no token was routed to.
+
+        Raises:
+            FrontierError: naming the layer or module that breaks the promise.
+        """
+        self.detach()
+        if self._cut > 0:
+            self._check_boundary()
+        without = [n for n, p in self._parameters.items() if not (n in self._reached or p.grad is not None)]
+        without = [name for name in without if self._parameters[name].numel()]  # an empty shard gets none
+        silent = {name.rpartition(".")[0] for name in without if name in self._ran}
+        if silent:
+            raise FrontierError(f"ran in the first step but got no gradient: {shorten(silent)}")
+        for index, layer in list(enumerate(self._layers))[self._cut :]:
+            ids = {id(parameter) for parameter in layer.parameters()}
+            inside = [name for name, parameter in self._parameters.items() if id(parameter) in ids]
+            ran = not self._ran or f"decoder layer {index}" in self._ran
+            if ran and inside and set(inside) <= set(without):
+                # Fused kernels read weights without running their modules; a whole layer without gradient tells.
+                raise FrontierError(
+                    f"decoder layer {index} ran in the first step, but none of its {len(inside)} trained parameters "
+                    f"got a gradient: {shorten(inside)}"
+                )
+        if len(without) == len(self._parameters):
+            raise FrontierError(f"no trained parameter got a gradient in the first step: {shorten(without)}")
+        if without:
+            LOG.info("no gradient in the first step, because their modules did not run: %s", shorten(without))
+        return without
+
+    def _check_boundary(self) -> None:
+        last = unwrap(self._layers[self._cut - 1])
+        where = next(normalise(name) for name, module in self._model.named_modules() if module is last)
+        if not self._needed and not self._reached:
+            raise FrontierError(
+                f"decoder layer {self._cut - 1} ({where}) did not run with gradients on between attach and check, so "
+                "nothing is proved; check after the first backward pass"
+            )
+        if not self._needed:  # compiled code need not run hooks: what could make the output need gradient?
+            LOG.info("decoder layer %d is compiled; that the backward pass stops is seen from the model", self._cut - 1)
+            frozen = [parameter for layer in self._layers[: self._cut] for parameter in layer.parameters()]
+            hooks = [hook for module in self._model.modules() for hook in module._forward_hooks.values()]
+            self._needed.add(any(p.requires_grad for p in frozen) or any(is_input_grad_hook(hook) for hook in hooks))
+        if True in self._needed:
+            raise FrontierError(
+                f"the output of frozen decoder layer {self._cut - 1} ({where}) needs gradient, so the backward pass "
+                f"does not stop at the cut {self._cut}; something before it is trained or was made to require grad"
+            )
+
+    def _watch_boundary(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            held = boundary in module._forward_hooks.values()
+            tensors = output if isinstance(output, (tuple, list)) else (output,)
+            need = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad and not (held and t.is_leaf)]
+            self._needed.add(bool(need))
+
+    def _note_run(self, names: list[str]) -> Callable[[nn.Module, Any, Any], None]:
+        def note(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if not torch.compiler.is_compiling():  # a side effect inside a checkpoint would break the graph
+                self._ran.update(names)
+
+        return note
+
+    def _note_gradient(self, name: str) -> Callable[[Tensor], None]:
+        # Not `parameter.grad` alone: DeepSpeed moves gradients away from it during the backward pass.
+        def note(_gradient: Tensor) -> None:
+            self._reached.add(name)
+
+        return note

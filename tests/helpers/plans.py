@@ -1,0 +1,79 @@
+"""Plans for the tests of what people look at: scored ones of any depth, and a cut given by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from axolotl_layersel.method import gain as gains
+from axolotl_layersel.plan import Plan
+
+
+def scored_plan(*, num_layers: int = 12, first_trainable: int | None = None, **overrides: Any) -> Plan:
+    """A plan as scoring leaves it: a falling deviation, the package's own gains, costs that fall with the cut."""
+    depth = np.linspace(0.0, 1.0, num_layers + 1)
+    deviation_S = 0.97 - 0.1 * (depth > 0) - 0.35 * depth**2 + 0.02 * np.sin(9 * depth)
+    weight_L = gains.layer_weights("remaining", deviation_S=deviation_S, miss_L=np.ones(num_layers))
+    retention_L = gains.retention(weight_L, exponent=0.17)
+    k = int(np.flatnonzero(retention_L >= 0.95)[-1]) if first_trainable is None else first_trainable
+    near = [cut for cut in (k - 2, k - 1, k, k + 1) if 0 <= cut < num_layers]
+    shares = [{-2: 0.04, -1: 0.19, 0: 0.66, 1: 0.11}[cut - k] for cut in near]
+    values: dict[str, Any] = {
+        "base_model": "HuggingFaceTB/SmolLM2-135M",
+        "adapter": "lora",
+        "num_layers": num_layers,
+        "first_trainable": k,
+        "created_by": {"axolotl_layersel": "0.1.0", "torch": "2.13.0"},
+        "options": {"policy": "coverage", "coverage": 0.95, "gain": "remaining", "deviation": "cosine"},
+        "deviation": {"mean": deviation_S.tolist(), "stderr": (0.004 + 0.012 * depth).tolist()},
+        "weight": weight_L.tolist(),
+        "gain": gains.marginal_gain(retention_L).tolist(),
+        "retention": retention_L.tolist(),
+        "stability": {str(cut): share / math.fsum(shares) for cut, share in zip(near, shares, strict=True)},
+        "row_cuts": {str(cut): 1 + round(60 * math.exp(-(((cut - k) / 2) ** 2))) for cut in range(num_layers)},
+        "prediction": prediction(num_layers=num_layers, first_trainable=k),
+        "sample": {"rows": 128, "tokens": 23_456, "seed": 42, "datasets": ["yahma/alpaca-cleaned"]},
+        "notes": [],
+        "seconds": 21.5,
+    }
+    return Plan(**{**values, **overrides})
+
+
+def prediction(*, num_layers: int, first_trainable: int) -> dict[str, Any]:
+    """Costs as ratios to training every layer, for the chosen cut and for every cut."""
+    left = [1 - cut / num_layers for cut in range(num_layers)]
+    curves = {
+        "step": [0.46 + 0.54 * share for share in left],
+        "backward": [0.12 + 0.88 * share for share in left],
+        "saved_activation_bytes": [0.08 + 0.92 * share for share in left],
+        "trainable_parameters": left,
+    }
+    return {
+        "forward": 1.0,
+        **{name: curve[first_trainable] for name, curve in curves.items()},
+        "optimizer_bytes": left[first_trainable],
+        "head_share": 0.1,
+        "floor": 0.46,
+        "absolute": {
+            "rows": 2,
+            "positions": 2048,
+            "saved_activation_bytes": 1.5e9 * curves["saved_activation_bytes"][first_trainable],
+            "trainable_parameters": 4_884_480 * left[first_trainable],
+        },
+        "gradient_checkpointing": True,
+        "per_cut": curves,
+        "why": None,
+    }
+
+
+def given_plan(*, num_layers: int = 12, first_trainable: int = 5, **overrides: Any) -> Plan:
+    """A cut given by hand: nothing was scored."""
+    return Plan(
+        base_model="HuggingFaceTB/SmolLM2-135M",
+        adapter="lora",
+        num_layers=num_layers,
+        first_trainable=first_trainable,
+        **overrides,
+    )

@@ -1,0 +1,120 @@
+"""Any option block and any config around it end in a valid plan or in one paragraph of our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tiny import VOCABULARY, tiny_llama
+
+from axolotl_layersel.config.conflicts import find_conflicts, find_notes
+from axolotl_layersel.config.options import LayerSelArgs, LayerSelOptions
+from axolotl_layersel.method.calibration import CalibrationError, draw_rows
+from axolotl_layersel.method.score_layers import score_layers
+from axolotl_layersel.plan import Plan
+
+SCALARS = st.none() | st.booleans() | st.integers(-5, 200) | st.floats(allow_nan=True) | st.text(max_size=8)
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+)
+CONFIG_KEYS = [
+    "unfrozen_parameters", "peft_layers_to_transform", "peft_layers_pattern", "adapter", "lisa_n_layers", "relora",
+    "optimizer", "peft_layer_replication", "reward_model", "process_reward_model", "rl", "activation_offloading",
+    "skip_prepare_dataset", "fsdp", "fsdp_config", "deepspeed", "tensor_parallel_size", "context_parallel_size",
+    "lora_modules_to_save", "lora_target_modules", "peft_trainable_token_indices", "lora_model_dir",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "plugins", "layersel", "processor_type", "simpo_gamma",
+    "sample_packing", "tokens",
+]  # fmt: skip
+MODEL = tiny_llama(num_layers=5)
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(config=st.dictionaries(st.sampled_from(CONFIG_KEYS), ANYTHING, max_size=6), listed=st.booleans())
+def test_a_config_of_any_shape_is_accepted_or_refused_in_sentences(config: dict[str, Any], listed: bool) -> None:
+    if listed:
+        config = {**config, "plugins": ["layersel"]}
+    for sentence in (*find_conflicts(config), *find_notes(config)):
+        assert sentence.endswith(".")
+        assert "\n" not in sentence
+    try:
+        LayerSelArgs.model_validate(config)
+    except ValidationError as error:
+        assert all(e["loc"] == () or e["loc"][0] == "layersel" for e in error.errors())
+        assert all(e["msg"] for e in error.errors())
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "num_samples": st.integers(-1, 40),
+        "max_tokens": st.integers(-1, 200),
+        "deviation": st.sampled_from(["cosine", "logit_lens", "semantic_loss", "euclid"]),
+        "gain": st.sampled_from(["remaining", "drop", "transition", "uniform", 3]),
+        "policy": st.sampled_from(["coverage", "peak_gain", "budget", None]),
+        "coverage": st.floats(-0.5, 1.5) | st.just("all"),
+        "budget": st.integers(-1, 9) | st.floats(-0.5, 2.0),
+        "min_layers": st.integers(-1, 8),
+        "unknown": st.just(1),
+    },
+)
+ROWS = st.lists(
+    st.lists(st.tuples(st.integers(1, VOCABULARY - 1), st.booleans()), max_size=12), min_size=0, max_size=12
+)
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(block=OPTIONS, rows=ROWS, seed=st.integers(0, 2**31))
+def test_a_block_and_a_data_set_end_in_a_plan_or_in_one_paragraph(
+    block: dict[str, Any], rows: list[list[tuple[int, bool]]], seed: int
+) -> None:
+    dataset = [{"input_ids": [t for t, _ in row], "labels": [t if s else -100 for t, s in row]} for row in rows]
+    try:
+        options = LayerSelOptions(**block)
+    except ValidationError as error:
+        assert {str(e["loc"][0]) for e in error.errors()} <= set(block)
+        return
+    try:
+        sample = draw_rows(
+            dataset,
+            num_samples=options.num_samples,
+            max_tokens=options.max_tokens,
+            seed=seed,
+            sequence_len=10,
+        )
+        chosen = options.model_dump(include={"deviation", "gain", "policy", "coverage", "budget", "min_layers"})
+        scores = score_layers(MODEL, sample.rows, seed=seed, **chosen)
+    except ValueError as error:
+        assert isinstance(error, CalibrationError) or str(error).startswith(("budget is", "min_layers is"))
+        assert "\n" not in str(error)
+        return
+    plan = Plan(
+        base_model="tiny",
+        adapter=None,
+        num_layers=5,
+        first_trainable=scores.first_trainable,
+        options=options.model_dump(),
+        weight=scores.weight,
+        gain=scores.gain,
+        retention=scores.retention,
+    )
+    assert Plan.from_json(plan.to_json(), source="itself") == plan
+    trained = len(plan.trainable_layers)
+    assert trained >= options.min_layers
+    assert trained <= (options.budget if isinstance(options.budget, int) else options.budget * 5 + 1e-6)
+    assert sample.tokens <= max(options.max_tokens, sample.rows[0].scored)
+
+
+def test_the_fuzzed_model_was_never_changed() -> None:
+    fresh = tiny_llama(num_layers=5)
+    assert all(torch.equal(a, b) for a, b in zip(MODEL.parameters(), fresh.parameters(), strict=True))
+    assert MODEL.training
+
+
+@pytest.mark.parametrize("rows", [[], [{"input_ids": [], "labels": []}]])
+def test_an_empty_data_set_is_named(rows: list) -> None:
+    with pytest.raises(CalibrationError, match=r"empty after axolotl prepared it|every label masked"):
+        draw_rows(rows, num_samples=1, max_tokens=1, seed=0, sequence_len=8)

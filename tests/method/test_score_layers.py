@@ -1,0 +1,263 @@
+"""The whole scoring pass against a slow reference written with `output_hidden_states` and a pseudoinverse."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_llama, tiny_llama_4bit
+from torch import nn
+
+from axolotl_layersel.method.calibration import Row
+from axolotl_layersel.method.score_layers import score_layers
+from axolotl_layersel.method.scoring_pass import ScoringError, measure
+from axolotl_layersel.method.transition import RowStatistics
+from axolotl_layersel.model.decoder_stack import StackError, find_stack
+from axolotl_layersel.model.verify_stack import prove_stack
+
+LAYERS = 6
+
+
+def _rows(count: int = 7, seed: int = 0) -> list[Row]:
+    """Rows of odd lengths, a few positions of each unsupervised, the first label always so."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        ids = [rng.randrange(1, VOCABULARY) for _ in range(rng.randrange(3, 23))]
+        rows.append(Row(tuple(ids), tuple(-100 if i < 2 or rng.random() < 0.2 else t for i, t in enumerate(ids))))
+    return [row for row in rows if row.scored]
+
+
+def _reference(model: nn.Module, rows: list[Row]) -> tuple[list[float], list[float]]:
+    """Mean cosine deviation of each state and mean transition miss of each layer, one token at a time in float64."""
+    bases_VD = torch.linalg.pinv(model.lm_head.weight.double()).T
+    states, misses = [], []
+    for row in rows:
+        seen: list[torch.Tensor] = []
+        hooks = [layer.register_forward_pre_hook(lambda m, a: seen.append(a[0][0])) for layer in model.model.layers]
+        hooks.append(model.model.norm.register_forward_pre_hook(lambda m, a: seen.append(a[0][0])))
+        with torch.no_grad():
+            model(input_ids=torch.tensor([row.input_ids]))
+        for hook in hooks:
+            hook.remove()
+        normed = [model.model.norm(s).detach().double() for s in seen]
+        for t in range(len(row.input_ids) - 1):
+            label = row.labels[t + 1]
+            if label == -100:
+                continue
+            b = bases_VD[label]
+            r = [s[t] for s in normed]
+            states.append([float(1 - (x @ b) / x.norm() / b.norm()) for x in r])
+            miss = []
+            for i in range(len(r) - 1):
+                f, u = r[i + 1] - r[i], r[i].norm() * b / b.norm() - r[i]
+                miss.append(float(f.norm() * (1 - (f @ u) / f.norm() / u.norm()) / u.norm()))
+            misses.append(miss)
+    return np.mean(states, axis=0).tolist(), np.mean(misses, axis=0).tolist()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny_llama(num_layers=LAYERS, attention_dropout=0.3)
+
+
+def _measure(model: nn.Module, rows: list[Row], **options: object) -> RowStatistics:
+    settings: dict = {"deviation": "cosine", "batch_tokens": 64, **options}
+    with torch.no_grad():
+        return measure(model.eval(), find_stack(model), rows, range(len(rows)), **settings)
+
+
+def test_deviations_equal_the_reference(model: nn.Module) -> None:
+    rows = _rows()
+    statistics = _measure(model, rows)
+    deviation, miss = _reference(model, rows)
+    # Float32 states against the same states in float64: a few rounding errors of cosines of 32 terms.
+    np.testing.assert_allclose(statistics.mean(statistics.deviation_RS), deviation, atol=2e-6)
+    np.testing.assert_allclose(statistics.mean(statistics.miss_RL), miss, rtol=2e-5)
+
+
+def test_the_loss_is_the_model_s_own(model: nn.Module) -> None:
+    rows = _rows()
+    losses = []
+    for row in rows:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
+        labels = torch.tensor(row.labels[1:])
+        losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none")[labels != -100])
+    assert score_layers(model, rows).loss == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
+
+
+def test_batches_padding_order_and_processes_do_not_matter(model: nn.Module) -> None:
+    rows = _rows(9)
+    whole = score_layers(model, rows, batch_tokens=10**6)
+    one_by_one = score_layers(model, rows, batch_tokens=1)
+    np.testing.assert_allclose(whole.deviation, one_by_one.deviation, atol=1e-6)
+    assert whole.first_trainable == one_by_one.first_trainable
+
+    def shared(rank: int) -> RowStatistics:
+        with torch.no_grad():
+            return measure(
+                model, find_stack(model), rows, range(rank, len(rows), 2), deviation="cosine", batch_tokens=64
+            )
+
+    together = score_layers(model, rows, together=lambda _work: [shared(1), shared(0)])
+    np.testing.assert_allclose(whole.deviation, together.deviation, atol=1e-6)
+    assert whole.first_trainable == together.first_trainable
+
+
+def test_equal_inputs_give_equal_scores(model: nn.Module) -> None:
+    assert score_layers(model, _rows()) == score_layers(model, _rows())
+
+
+@pytest.mark.parametrize("deviation", ["cosine", "semantic_loss", "logit_lens"])
+@pytest.mark.parametrize("gain", ["remaining", "drop", "transition", "uniform"])
+def test_every_deviation_and_gain_gives_a_whole_result(model: nn.Module, deviation: str, gain: str) -> None:
+    scores = score_layers(model, _rows(), deviation=deviation, gain=gain)
+    assert len(scores.deviation) == len(scores.deviation_stderr) == LAYERS + 1
+    assert len(scores.weight) == len(scores.gain) == len(scores.retention) == LAYERS
+    assert sum(scores.gain) == pytest.approx(1.0)
+    assert sum(scores.stability.values()) == pytest.approx(1.0)
+    assert sum(scores.row_cuts.values()) == len(_rows())
+    assert scores.retention[scores.first_trainable] >= 0.95
+
+
+def _state_of(model: nn.Module) -> tuple:
+    return (
+        [m.training for m in model.modules()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        [p.sum().item() for p in model.parameters()],
+        torch.random.get_rng_state().tolist(),
+        np.random.get_state()[1].tolist(),
+        random.getstate(),
+        torch.is_grad_enabled(),
+    )
+
+
+def test_the_model_and_the_random_state_are_left_as_found(model: nn.Module) -> None:
+    model.train()
+    model.model.layers[2].eval()
+    before = _state_of(model)
+    score_layers(model, _rows())
+    assert _state_of(model) == before
+
+
+def test_the_model_is_left_as_found_when_scoring_fails(model: nn.Module) -> None:
+    model.train()
+    before = _state_of(model)
+
+    def fail(rows: int, tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_layers(model, _rows(), progress=fail)
+    assert _state_of(model) == before
+
+
+def test_a_token_whose_embedding_is_broken_names_its_rows() -> None:
+    broken = tiny_llama()
+    rows = _rows(6)
+    token = rows[3].input_ids[0]
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[token] = float("nan")
+    guilty = [i for i, row in enumerate(rows) if token in row.input_ids]
+    with pytest.raises(
+        ScoringError, match=r"rows .*not finite.*'model.embed_tokens.weight' holds NaN or Inf"
+    ) as caught:
+        score_layers(broken, rows, batch_tokens=1)
+    assert any(f"({i} of the calibration sample)" in str(caught.value) for i in guilty)
+
+
+def test_infinite_weights_are_named() -> None:
+    broken = tiny_llama()
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(ScoringError, match="layers.1.mlp.up_proj.weight"):
+        score_layers(broken, _rows())
+
+
+def test_memory_that_runs_out_halves_the_batch_and_says_so(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    """The error is raised by a hook where a batch of more than two rows enters, as an allocator would."""
+    rows = _rows(7)
+
+    def allocate(_module: nn.Module, args: tuple) -> None:
+        if args[0].shape[0] > 2:
+            raise torch.OutOfMemoryError("no memory for this batch")
+
+    hook = model.model.layers[3].register_forward_pre_hook(allocate)
+    try:
+        scores = score_layers(model, rows, batch_tokens=10**6)
+    finally:
+        hook.remove()
+    assert "out of memory with 7 rows in a batch" in caplog.text
+    np.testing.assert_allclose(scores.deviation, score_layers(model, rows).deviation, atol=1e-6)
+
+
+def test_memory_that_runs_out_for_a_single_row_stops_the_run(model: nn.Module) -> None:
+    def allocate(_module: nn.Module, _args: tuple) -> None:
+        raise torch.OutOfMemoryError("no memory at all")
+
+    hook = model.model.layers[3].register_forward_pre_hook(allocate)
+    try:
+        with pytest.raises(
+            ScoringError, match="one row of .* tokens alone is too much for the memory of cpu .no memory at all"
+        ):
+            score_layers(model, _rows(3))
+    finally:
+        hook.remove()
+
+
+def test_4_bit_layers_and_a_bfloat16_model_are_scored(tmp_path: Path) -> None:
+    reference = score_layers(tiny_llama(), _rows())
+    quantised = score_layers(tiny_llama_4bit(tmp_path), _rows())
+    rounded = score_layers(tiny_llama().bfloat16(), _rows())
+    autocast = score_layers(tiny_llama(), _rows(), autocast=torch.bfloat16)
+    for scores in (quantised, rounded, autocast):
+        assert np.isfinite(scores.deviation).all()
+    # Six layers of bfloat16, each rounding by 2^-9 at most, add up to about a hundredth of a cosine.
+    np.testing.assert_allclose(rounded.deviation, reference.deviation, atol=LAYERS * 2**-9)
+    np.testing.assert_allclose(autocast.deviation, reference.deviation, atol=LAYERS * 2**-9)
+
+
+def test_scoring_leaves_4_bit_weights_alone(tmp_path: Path) -> None:
+    """On a CPU, bitsandbytes repacks the weights of a module that runs in eval mode."""
+    model = tiny_llama_4bit(tmp_path, hidden_size=128, intermediate_size=128).eval()
+    linears = [m for m in model.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
+    before = [(m.weight.data.clone(), m.weight.quant_state.absmax.clone(), m.training) for m in linears]
+    score_layers(model, _rows())
+    assert len(linears) == 7 * LAYERS
+    for module, (data, absmax, training) in zip(linears, before, strict=True):
+        assert torch.equal(module.weight.data, data)
+        assert torch.equal(module.weight.quant_state.absmax, absmax)
+        assert module.training == training
+
+
+def test_a_policy_s_bounds_are_checked_before_anything_runs(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="budget is 0.1, which is 0 of 6 decoder layers"):
+        score_layers(model, _rows(), budget=0.1)
+
+
+def test_an_unstable_cut_and_a_broken_promise_are_told(model: nn.Module) -> None:
+    capped = score_layers(model, _rows(), budget=2)
+    assert any("budget keeps the cut at layer 4" in note for note in capped.notes)
+
+
+def test_a_model_without_a_head_is_refused(model: nn.Module) -> None:
+    with pytest.raises(StackError, match="has no unembedding"):
+        score_layers(model.model, _rows())
+
+
+def test_states_that_the_model_does_not_compute_are_refused() -> None:
+    """The model turns its logits around after the unembedding, so reading states through it would mislead."""
+    changed = tiny_llama()
+    hook = changed.lm_head.register_forward_hook(lambda _m, _a, output: -output)
+    stack = find_stack(changed)
+    ours = nn.Linear(32, VOCABULARY, bias=False)
+    ours.weight = changed.lm_head.weight
+    stack = type(stack)(**{**stack.__dict__, "head": ours})
+    with pytest.raises(StackError, match="norm and unembedding do not reproduce the model's logits"):
+        prove_stack(changed, stack, input_ids=torch.arange(1, 9)[None])
+    hook.remove()

@@ -1,0 +1,269 @@
+"""The table, the sentences, the progress bar and the model card section."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from plans import given_plan, prediction, scored_plan
+from rich.console import Console
+
+from axolotl_layersel.plan import Plan
+from axolotl_layersel.report.model_card import add_to_model_card, model_card_section
+from axolotl_layersel.report.table import Progress, plan_text, print_plan
+from axolotl_layersel.report.wording import (
+    dataset_name,
+    layer_range,
+    model_name,
+    number,
+    per_cut,
+    printable,
+    shares,
+    summary,
+)
+
+FOUR = scored_plan(num_layers=4, first_trainable=1)
+
+
+def rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if re.match(r" *\d+ ", line)]
+
+
+def test_the_whole_text_of_a_small_plan() -> None:
+    plan = Plan(
+        base_model="acme/tiny",
+        adapter="lora",
+        num_layers=2,
+        first_trainable=1,
+        options={"policy": "coverage", "coverage": 0.75},
+        deviation={"mean": [0.99, 0.8, 0.4], "stderr": [0.01, 0.01, 0.01]},
+        weight=[0.5, 0.5],
+        gain=[0.2, 0.8],
+        retention=[1.0, 0.8],
+        stability={"0": 0.1, "1": 0.9},
+        prediction={"step": 0.6, "backward": 0.4, "trainable_parameters": 0.5, "gradient_checkpointing": False},
+        sample={"datasets": ["acme/chat"]},
+    )
+    assert plan_text(plan) == (
+        "acme/tiny, LoRA, acme/chat\n"
+        "\n"
+        "layer   deviation              gain                   kept from here\n"
+        "──────────────────────────────────────────────────────────────────────────────\n"
+        "    0   0.800 ██████████████   0.200 ███▌                      1.000   frozen\n"
+        "\n"
+        "    1   0.400 ███████          0.800 ██████████████            0.800   trained\n"
+        "\n"
+        "cut        first trainable layer 1 of 0 to 1, by coverage 0.75; predicted to\n"
+        "           keep 0.800 of the improvement. 0.90 of the resamples choose it (0.10\n"
+        "           choose 0).\n"
+        "trained    layer 1 (1 of 2), LoRA; layer 0 is frozen.\n"
+        "predicted  FLOPs of a step 0.60, FLOPs of its backward pass 0.40, trainable\n"
+        "           parameters 0.50 of training every layer, without gradient\n"
+        "           checkpointing.\n"
+        "again      layersel: {first_layer: 1}   (scores nothing)\n"
+    )
+
+
+@pytest.mark.parametrize("plan", [FOUR, scored_plan(num_layers=80), scored_plan(num_layers=1), given_plan()])
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_text_fits_80_columns_and_has_no_escapes(plan: Plan, ascii_only: bool) -> None:
+    text = plan_text(plan, width=80, ascii_only=ascii_only)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text and "…" not in text
+    assert text.isascii() or not ascii_only
+
+
+def test_every_layer_has_a_row_and_its_numbers() -> None:
+    plan = scored_plan(num_layers=80, first_trainable=60)
+    assert plan.deviation and plan.gain and plan.retention
+    listed = rows(plan_text(plan))
+    assert len(listed) == 80
+    for i, row in enumerate(listed):
+        values = (f"{plan.deviation['mean'][i + 1]:.3f}", f"{plan.gain[i]:.3f}", f"{plan.retention[i]:.3f}")
+        assert re.findall(r"\d\.\d{3}", row) == list(values) and row.startswith(f"{i:>5} ")
+        assert row.endswith("trained" if i >= 60 else "frozen")
+
+
+def test_bars_are_in_proportion_and_start_at_zero() -> None:
+    listed = rows(plan_text(FOUR, ascii_only=True))
+    assert FOUR.gain and FOUR.deviation
+    for i, row in enumerate(listed):
+        bars = [len(bar) for bar in re.findall(r"#+", row)]
+        largest = max(FOUR.deviation["mean"][1:]), max(FOUR.gain)
+        values = FOUR.deviation["mean"][i + 1], FOUR.gain[i]
+        assert bars == [round(14 * value / of) for value, of in zip(values, largest, strict=True)]
+
+
+def test_deviations_in_nats_fit_as_well() -> None:
+    plan = scored_plan(num_layers=3, deviation={"mean": [12.5, 11.25, 9.0, 2.0], "stderr": [0.1] * 4})
+    text = plan_text(plan)
+    assert " 9.000 " in text and "11.250 " in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_a_given_cut_lists_ranges() -> None:
+    text = plan_text(given_plan(num_layers=12, first_trainable=5))
+    assert re.search(r"^ *0 - 4 +frozen$", text, re.M) and re.search(r"^ *5 - 11 +trained$", text, re.M)
+    assert "given, nothing was scored" in text and "no cost is known" in text
+    assert "frozen" not in plan_text(given_plan(num_layers=3, first_trainable=0))
+
+
+def test_a_terminal_gets_colour_and_a_file_none() -> None:
+    for terminal in (True, False):
+        stream = io.StringIO()
+        console = Console(file=stream, force_terminal=terminal or None, width=80, _environ={"TERM": "xterm-256color"})
+        print_plan(FOUR, console=console)
+        assert ("\x1b[" in stream.getvalue()) is terminal
+
+
+def test_notes_follow_the_lines() -> None:
+    text = plan_text(scored_plan(num_layers=4, notes=["first note", "second " + "note " * 40]))
+    assert text.index("again ") < text.index("note       first note") < text.index("note       second note")
+
+
+def test_texts_of_a_plan_cannot_command_the_terminal() -> None:
+    """A plan is a file from elsewhere; rich markup and escape sequences in it are shown, not obeyed."""
+    evil = "\x1b]0;title\x07[red]name[/red]\u202e\r\n"
+    plan = scored_plan(
+        num_layers=2,
+        base_model=evil,
+        notes=[evil],
+        options={"policy": evil},
+        sample={"datasets": [evil]},
+        prediction={"why": evil},
+    )
+    stream = io.StringIO()
+    print_plan(plan, console=Console(file=stream, force_terminal=True, width=100, color_system=None))
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202e]", stream.getvalue())
+    assert stream.getvalue().count("[red]name[/red]") >= 4
+
+
+def test_an_unstable_cut_says_so() -> None:
+    assert "Unstable" not in summary(FOUR)["cut"]
+    shaky = scored_plan(num_layers=4, first_trainable=1, stability={"0": 0.4, "1": 0.3, "2": 0.3})
+    assert "0.30 of the resamples choose it (0.40 choose 0, 0.30 choose 2). Unstable" in summary(shaky)["cut"]
+    never = scored_plan(num_layers=4, first_trainable=1, stability={"2": 1.0})
+    assert "0.00 of the resamples choose it (1.00 choose 2). Unstable" in summary(never)["cut"]
+    assert "resamples" not in summary(scored_plan(num_layers=4, stability=None))["cut"]
+
+
+def test_what_is_predicted() -> None:
+    known = prediction(num_layers=4, first_trainable=1)
+    assert summary(FOUR)["predicted"].endswith("of training every layer, with gradient checkpointing.")
+    why = scored_plan(num_layers=4, prediction={**known, "why": "Embeddings are trained."})
+    assert summary(why)["predicted"].endswith("checkpointing. Embeddings are trained.")
+    assert summary(scored_plan(num_layers=4, prediction={"why": "No cut."}))["predicted"] == "No cut."
+    assert summary(scored_plan(num_layers=4, prediction={"step": None}))["predicted"].startswith("no cost is known")
+
+
+def test_what_is_trained() -> None:
+    assert summary(scored_plan(num_layers=4, first_trainable=0, adapter=None))["trained"] == (
+        "every decoder layer (4 of 4), full fine-tuning."
+    )
+    assert summary(scored_plan(num_layers=4, first_trainable=3, adapter="qlora"))["trained"] == (
+        "layer 3 (1 of 4), QLoRA; layers 0 to 2 are frozen."
+    )
+
+
+def test_small_facts() -> None:
+    assert layer_range(3, 3) == "layer 3" and layer_range(0, 3) == "layers 0 to 3"
+    assert shares({"10": 1, "9": 3}) == {9: 0.75, 10: 0.25} and shares(None) == shares({}) == shares({"1": 0}) == {}
+    assert list(shares({"10": 1, "9": 3})) == [9, 10]
+    assert printable("a\x1b[0m\nb") == "a [0m b"
+    assert number({"a": True, "b": float("nan"), "c": 2}, "c") == 2.0
+    assert number({"a": True}, "a") is number({"b": float("nan")}, "b") is number([], "c") is number(None, "d") is None
+    assert per_cut(given_plan(prediction={"per_cut": {"step": [1.0] * 11}}), "step") is None
+    assert per_cut(given_plan(prediction={"per_cut": [1.0]}), "step") is None
+    assert per_cut(given_plan(prediction={"per_cut": {"step": [1] * 12}}), "step") == [1.0] * 12
+
+
+def test_a_folder_s_name_is_shown_without_its_place() -> None:
+    assert model_name(given_plan()) == "HuggingFaceTB/SmolLM2-135M"
+    for path in ("/home/someone/models/mine", "./mine/", "~/mine", "../mine"):
+        assert model_name(scored_plan(base_model=path)) == "mine"
+        assert dataset_name(scored_plan(sample={"datasets": [path, "acme/chat"]})) == "mine, acme/chat"
+
+
+def test_progress_on_a_terminal_shows_rows_speed_and_time_left() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, color_system=None)
+    with Progress(8, console=console) as advance:
+        advance(2, 1000)
+        advance(8, 4000)
+    shown = stream.getvalue()
+    assert "8/8 rows" in shown and "tokens/s" in shown and re.search(r"\d:\d\d:\d\d", shown)
+
+
+def test_progress_in_a_log_file_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    now = [100.0]
+    caplog.set_level(logging.INFO)
+    with Progress(100, console=Console(file=io.StringIO()), interval=10.0, clock=lambda: now[0]) as advance:
+        for done in range(1, 101):
+            now[0] += 0.5
+            advance(done, done * 200)
+    assert [record.message for record in caplog.records] == [
+        "layersel: scoring 100 rows",
+        "layersel: 20/100 rows, 400 tokens/s, 40 s left",
+        "layersel: 40/100 rows, 400 tokens/s, 30 s left",
+        "layersel: 60/100 rows, 400 tokens/s, 20 s left",
+        "layersel: 80/100 rows, 400 tokens/s, 10 s left",
+        "layersel: scored 100 rows, 20,000 tokens, in 50.0 s",
+    ]
+
+
+def test_progress_is_silent_on_other_processes(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    stream = io.StringIO()
+    with Progress(4, enabled=False, console=Console(file=stream, force_terminal=True)) as advance:
+        advance(4, 10)
+    assert not caplog.records and not stream.getvalue()
+
+
+def test_a_failed_scoring_is_not_called_done(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with (
+        pytest.raises(ZeroDivisionError),
+        Progress(4, console=Console(file=io.StringIO(), force_terminal=True)) as advance,
+    ):
+        advance(1, 10)
+        raise ZeroDivisionError
+    assert not caplog.records
+
+
+def test_the_card_s_section_has_the_table_and_the_source() -> None:
+    section = model_card_section(FOUR)
+    assert section.startswith("## Layer selection\n")
+    assert section.count("\n| ") == 1 + 4, "the head and a row for each layer"
+    assert "| 0 | 0.864 | " in section and section.count(" trained |") == 3 and section.count(" frozen |") == 1
+    assert "`layersel: {first_layer: 1}`" in section
+    assert "Findings of ACL 2025. arXiv:2406.11753" in section
+    assert "128 rows with 23456 scored tokens of `yahma/alpaca-cleaned`" in section
+    assert "| layer |" not in model_card_section(given_plan())
+
+
+def test_names_start_no_markup_in_a_card() -> None:
+    evil = "x`<img src=x>[a](b)|"
+    section = model_card_section(scored_plan(num_layers=2, base_model=evil, options={"policy": evil}))
+    assert "<img" not in section.replace("\\<img", "") and not re.search(r"(?<!\\)\[a", section.split("`", 2)[2])
+    assert "`x img src=x [a](b)`" in section
+
+
+def test_a_card_gets_the_section_once(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    add_to_model_card(card, FOUR)
+    assert not card.exists(), "no card is made where the trainer made none"
+    card.write_text("---\nbase_model: x\n---\n# Model\n", encoding="utf-8")
+    add_to_model_card(card, FOUR)
+    once = card.read_text(encoding="utf-8")
+    assert once.startswith("---\nbase_model: x\n---\n# Model\n\n<!-- layersel -->\n## Layer selection\n")
+    add_to_model_card(card, FOUR)
+    assert card.read_text(encoding="utf-8") == once
+    card.write_text(once + "\n## Later\n", encoding="utf-8")
+    add_to_model_card(card, given_plan(num_layers=4, first_trainable=2))
+    changed = card.read_text(encoding="utf-8")
+    assert (
+        changed.count("## Layer selection") == 1 and "{first_layer: 2}" in changed and "{first_layer: 1}" not in changed
+    )
+    assert changed.endswith("<!-- /layersel -->\n## Later\n")

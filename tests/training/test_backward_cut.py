@@ -1,0 +1,886 @@
+"""The backward pass stops at the cut, with the gradients of the stock run, and the proof notices when it does not.
+
+Stock means what transformers, PEFT and TRL do for the same trained layers: the embeddings' output requires grad.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
+from tiny import VOCABULARY, add_lora, tiny_llama, tiny_llama_4bit, token_batch, train_only
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from axolotl_layersel.model.decoder_stack import find_stack, unwrap
+from axolotl_layersel.model.parameter_names import normalise
+from axolotl_layersel.training.backward_cut import (
+    FrontierError,
+    boundary,
+    no_input_grads,
+    restore_backward,
+    stop_backward,
+)
+from axolotl_layersel.training.first_step_check import FirstStepProof, check_trainable
+from axolotl_layersel.training.trained_below_cut import obstacles
+
+NUM_LAYERS, CUT = 6, 4
+MODES = ["lora", "qlora", "full"]
+CHECKPOINTING: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "non-reentrant": {"use_reentrant": False},
+    "reentrant": {"use_reentrant": True},
+}
+IN_SUFFIX = tuple(f"model.layers.{index}." for index in range(CUT, NUM_LAYERS))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than these matrices."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_suffix(name: str) -> bool:
+    return name.startswith((*IN_SUFFIX, "model.norm.", "lm_head."))
+
+
+def build(mode: str, folder: Path, *, checkpointing: str, stop: bool, reentrant: bool | None = None) -> Any:
+    """One model, in the order of an axolotl run; every later call that switches input gradients on is made, too."""
+    kwargs = CHECKPOINTING[checkpointing]
+    model = tiny_llama_4bit(folder) if mode == "qlora" else tiny_llama()
+    if mode == "qlora":
+        prepare_model_for_kbit_training(model, kwargs is not None, dict(kwargs or {}))
+    if kwargs is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    model.enable_input_require_grads()
+    if stop:
+        chosen = checkpointing == "reentrant" if reentrant is None else reentrant
+        stop_backward(model, layers=find_stack(model).layers, first_trainable=CUT, reentrant=chosen)
+    if mode == "full":
+        train_only(model, in_suffix)
+    else:
+        model = add_lora(model, first_trainable=CUT)
+    model.enable_input_require_grads()
+    if kwargs is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    return model
+
+
+@dataclass
+class Step:
+    """What one forward and backward pass did."""
+
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    saved_below: int = 0  # tensors saved for backward before the first trained layer started
+    saved_bytes: int = 0  # of activations, each storage once
+    with_history: list[str] = field(default_factory=list)  # modules before the cut whose output had a grad_fn
+    recomputed: list[int] = field(default_factory=list)  # layers that ran again during backward
+
+
+def take_step(model: Any, *, run: Any = None, batch: dict[str, Tensor] | None = None) -> Step:
+    step, phase = Step(), "below"
+    stack = find_stack(model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: set[int] = set()
+
+    def note_history(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        tensor = output if isinstance(output, Tensor) else output[0]
+        if tensor.grad_fn is not None:
+            step.with_history.append(name)
+
+    def note_forward(index: int, _module: nn.Module, _args: Any) -> None:
+        if phase == "backward":
+            step.recomputed.append(index)
+
+    def cross(_module: nn.Module, _args: Any, _output: Any) -> None:
+        nonlocal phase
+        if phase == "below":
+            phase = "above"
+
+    def pack(tensor: Tensor) -> Tensor:
+        step.saved_below += phase == "below"
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights | seen:
+            seen.add(storage.data_ptr())
+            step.saved_bytes += storage.nbytes()
+        return tensor
+
+    handles = [stack.embeddings.register_forward_hook(partial(note_history, "embeddings"))]
+    for index, layer in enumerate(stack.layers):
+        handles.append(unwrap(layer).register_forward_pre_hook(partial(note_forward, index)))
+        if index < CUT:
+            handles.append(layer.register_forward_hook(partial(note_history, f"layer {index}")))
+    handles.append(stack.layers[CUT - 1].register_forward_hook(cross))
+    torch.manual_seed(3)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = (run or model)(**(batch or token_batch()), use_cache=False).loss
+    phase = "backward"
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    step.gradients = {normalise(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return step
+
+
+def assert_stopped(step: Step) -> None:
+    assert step.with_history == []
+    assert step.saved_below == 0
+    assert all(index >= CUT for index in step.recomputed)
+
+
+def assert_same_gradients(ours: Step, stock: Step) -> None:
+    assert ours.gradients.keys() == stock.gradients.keys()
+    assert len(ours.gradients) >= 2
+    different = [name for name, gradient in ours.gradients.items() if not torch.equal(gradient, stock.gradients[name])]
+    assert different == []
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_below_the_cut_is_kept_walked_or_recomputed_and_gradients_equal_stock(
+    mode: str, checkpointing: str, tmp_path: Path
+) -> None:
+    stock = take_step(build(mode, tmp_path, checkpointing=checkpointing, stop=False))
+    ours = take_step(build(mode, tmp_path, checkpointing=checkpointing, stop=True))
+
+    assert stock.saved_below > 0, "the stock run shows what there is to save"
+    assert_stopped(ours)
+    assert_same_gradients(ours, stock)
+    assert all(bool(gradient.any()) for gradient in ours.gradients.values())
+    assert ours.saved_bytes < stock.saved_bytes
+    again = [] if checkpointing == "none" else [5, 4]
+    assert ours.recomputed == again
+    assert stock.recomputed == again + ([] if checkpointing == "none" else [3, 2, 1, 0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_later_call_for_reentrant_checkpointing_gets_non_reentrant(
+    mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reentrant checkpointing without input gradients dies with 'element 0 of tensors does not require grad'."""
+    stock = take_step(build(mode, tmp_path, checkpointing="reentrant", stop=False))
+    with caplog.at_level(logging.WARNING):
+        model = build(mode, tmp_path, checkpointing="reentrant", stop=True, reentrant=False)
+    ours = take_step(model)
+    assert_stopped(ours)
+    assert_same_gradients(ours, stock)
+    told = [record for record in caplog.records if "use_reentrant=True; False is used" in record.getMessage()]
+    assert len(told) == 1, "said once, not at every call"
+
+
+@pytest.mark.parametrize("kwargs", [None, {}, {"use_reentrant": False}, {"use_reentrant": True}])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_every_later_call_keeps_the_chosen_kind(kwargs: dict[str, Any] | None, reentrant: bool) -> None:
+    model = tiny_llama()
+    stop_backward(model, layers=model.model.layers, first_trainable=CUT, reentrant=reentrant)
+    assert not model.is_gradient_checkpointing, "checkpointing is not switched on by stopping"
+    model.gradient_checkpointing_enable(kwargs)
+    flags = [layer.gradient_checkpointing for layer in model.model.layers]
+    assert flags == [False] * CUT + [True] * (NUM_LAYERS - CUT)
+    used = {layer._gradient_checkpointing_func.keywords["use_reentrant"] for layer in model.model.layers}
+    assert used == {reentrant}
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_reentrant": True}])
+def test_checkpointing_that_is_on_already_is_switched_at_once(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    """With activation offloading nobody enables it again: the loader's call, reentrant or silent on it, would stay."""
+    model = tiny_llama_4bit(tmp_path)
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+    stop_backward(model, layers=model.model.layers, first_trainable=CUT)
+    step = take_step(add_lora(model, first_trainable=CUT))
+    assert_stopped(step)
+    assert step.recomputed == [5, 4]
+    assert len(step.gradients) == 28
+
+
+def test_every_n_layers_is_kept_when_stopping_is_repeated() -> None:
+    model = tiny_llama()
+    stop_backward(model, layers=model.model.layers, first_trainable=2)
+    model.gradient_checkpointing_enable({"preserve_rng_state": False}, every_n_layers=2)
+    stop_backward(model, layers=model.model.layers, first_trainable=2)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [False, False, True, False, True, False]
+    arguments = model.model.layers[2]._gradient_checkpointing_func.keywords
+    assert arguments == {"preserve_rng_state": False, "use_reentrant": False}
+
+
+def test_a_method_that_stood_on_the_instance_before_is_still_called() -> None:
+    """Selective checkpointing of axolotl wraps the method on the instance to add its context_fn."""
+    model, calls = tiny_llama(), []
+    stock = model.gradient_checkpointing_enable
+
+    def selective(gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        calls.append(gradient_checkpointing_kwargs)
+        stock(gradient_checkpointing_kwargs={**(gradient_checkpointing_kwargs or {}), "debug": False}, **kwargs)
+
+    model.gradient_checkpointing_enable = selective
+    for _ in range(2):
+        stop_backward(model, layers=model.model.layers, first_trainable=CUT)
+    model.gradient_checkpointing_enable()
+    assert calls == [{"use_reentrant": False}], "once for a call, however often the backward pass was stopped"
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [False] * CUT + [True] * 2
+    restore_backward(model)
+    assert model.gradient_checkpointing_enable is selective
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_repeating_the_call_on_the_wrapped_model_changes_nothing(checkpointing: str, tmp_path: Path) -> None:
+    stock = take_step(build("lora", tmp_path, checkpointing=checkpointing, stop=False))
+    model = build("lora", tmp_path, checkpointing=checkpointing, stop=True)
+    layers = find_stack(model).layers
+    for _ in range(2):
+        stop_backward(model, layers=layers, first_trainable=CUT, reentrant=checkpointing == "reentrant")
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    assert hooks == ([boundary] if checkpointing == "reentrant" else [])
+    ours = take_step(model)
+    assert_stopped(ours)
+    assert_same_gradients(ours, stock)
+
+
+@pytest.mark.parametrize("hook_name", ["make_inputs_require_grad", "make_inputs_require_grads"])
+def test_hooks_that_were_put_on_the_embeddings_directly_are_taken_away(hook_name: str) -> None:
+    model, kept = tiny_llama(), []
+
+    def require_grad(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        output.requires_grad_(True)
+
+    require_grad.__name__ = hook_name
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(require_grad, always_call=True)
+    for _ in range(3):
+        model.enable_input_require_grads()  # each call forgets the handles of the one before
+    embeddings.register_forward_hook(lambda *_: kept.append(1))
+    train_only(model, in_suffix)
+    stop_backward(model, layers=model.model.layers, first_trainable=CUT)
+    assert len(embeddings._forward_hooks) == 1, "a hook of another kind stays"
+    assert not embeddings._forward_hooks_always_called
+    assert_stopped(take_step(model))
+    assert kept == [1]
+    model.disable_input_require_grads()
+
+
+def test_a_cut_at_zero_changes_nothing() -> None:
+    model = tiny_llama()
+    model.enable_input_require_grads()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    hooks = list(model.get_input_embeddings()._forward_hooks)
+    stop_backward(model, layers=model.model.layers, first_trainable=0, reentrant=True)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert list(model.get_input_embeddings()._forward_hooks) == hooks
+
+
+def test_a_cut_outside_the_layers_is_refused() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="first_trainable is 6; 6 decoder layers allow 0 to 5"):
+        stop_backward(model, layers=model.model.layers, first_trainable=6)
+
+
+def test_a_model_that_transformers_did_not_make_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(FrontierError, match="nothing in Sequential has enable_input_require_grads"):
+        stop_backward(model, layers=list(model), first_trainable=1)
+
+
+def test_packed_rows_stop_at_the_cut_too(tmp_path: Path) -> None:
+    """With sample packing, `position_ids` start again at every sample and there is no attention mask."""
+    batch = {key: value for key, value in token_batch(rows=1, tokens=12).items() if key != "attention_mask"}
+    batch["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]])
+    stock = take_step(build("lora", tmp_path, checkpointing="non-reentrant", stop=False), batch=batch)
+    ours = take_step(build("lora", tmp_path, checkpointing="non-reentrant", stop=True), batch=batch)
+    assert_stopped(ours)
+    assert_same_gradients(ours, stock)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_inside_checkpoint_wrappers_are_found(reentrant: bool) -> None:
+    """Full fine-tuning with `activation_offloading: true` wraps each layer before adapters would be loaded."""
+
+    def wrapped(stop: bool) -> Any:
+        model = tiny_llama()
+        apply_activation_checkpointing(model, auto_wrap_policy=ModuleWrapPolicy({GradientCheckpointingLayer}))
+        model.enable_input_require_grads()
+        train_only(model, lambda name: in_suffix(normalise(name)))
+        if stop:
+            stop_backward(model, layers=model.model.layers, first_trainable=CUT, reentrant=reentrant)
+        return model
+
+    model = wrapped(stop=True)
+    stop_backward(model, layers=model.model.layers, first_trainable=CUT, reentrant=reentrant)
+    stock, ours = take_step(wrapped(stop=False)), take_step(model)
+    assert sorted(stock.recomputed) == [0, 1, 2, 3, 4, 5]
+    assert_stopped(ours)
+    assert sorted(ours.recomputed) == [4, 5]
+    assert_same_gradients(ours, stock)
+    model.zero_grad()
+    restore_backward(model)
+    again = take_step(model)
+    assert again.recomputed == stock.recomputed
+    assert_same_gradients(again, stock)
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": True}])
+def test_a_compiled_model_stops_at_the_cut_in_one_graph(checkpointing: dict[str, Any] | None) -> None:
+    """Hooks that note what ran would break the graph inside checkpoints; reentrant is asked for and not given."""
+
+    def three_layers() -> Any:
+        model = tiny_llama(num_layers=3)
+        train_only(model, lambda name: "layers.2." in name)
+        return model
+
+    reference, model = three_layers(), three_layers()
+    reference(**token_batch()).loss.backward()
+    expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    model.enable_input_require_grads()
+    stop_backward(model, layers=model.model.layers, first_trainable=2)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(checkpointing)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    stop_backward(compiled, layers=model.model.layers, first_trainable=2)
+    proof = attached(compiled, first_trainable=2)
+    for step in range(2):
+        compiled(**token_batch(), use_cache=False).loss.backward()
+        if step == 0:
+            assert proof.check() == []
+            assert not any(module._forward_hooks for module in compiled.modules()), "nothing stays on the hot path"
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name])
+        model.zero_grad()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    proof = attached(compiled, first_trainable=2)
+    compiled(**token_batch(), use_cache=False).loss.backward()
+    with pytest.raises(FrontierError, match=r"frozen decoder layer 1 \(model\.layers\.1\) needs gradient"):
+        proof.check()
+
+
+@pytest.mark.parametrize("case", ["stopped", "input gradients", "trained below"])
+def test_where_compiled_code_runs_no_hook_the_model_itself_is_judged(case: str) -> None:
+    """Layers that were compiled before the hooks came do not run them."""
+    model = tiny_llama()
+    train_only(model, lambda name: in_suffix(name) or (case == "trained below" and "layers.1.mlp" in name))
+    model.enable_input_require_grads()
+    if case != "input gradients":
+        stop_backward(model, layers=model.model.layers, first_trainable=CUT)
+    proof = attached(model)
+    proof._handles.pop(0).remove()
+    model(**token_batch()).loss.backward()
+    if case == "stopped":
+        assert proof.check() == []
+    else:
+        with pytest.raises(FrontierError, match="needs gradient, so the backward pass does not stop at the cut 4"):
+            proof.check()
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_a_copy_stops_at_its_own_cut(checkpointing: str, tmp_path: Path) -> None:
+    model = build("full", tmp_path, checkpointing=checkpointing, stop=True)
+    twin = copy.deepcopy(model)
+    assert twin.gradient_checkpointing_enable.owner is twin
+    assert twin.enable_input_require_grads is no_input_grads
+    model.gradient_checkpointing_disable()
+    twin.enable_input_require_grads()
+    twin.gradient_checkpointing_enable({"use_reentrant": True})
+    assert [layer.gradient_checkpointing for layer in twin.model.layers] == [False] * CUT + [True] * 2
+    assert not model.is_gradient_checkpointing
+    step = take_step(twin)
+    assert_stopped(step)
+    assert step.recomputed == [5, 4]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_pickled_model_stops_at_its_own_cut(reentrant: bool) -> None:
+    """A GPT-2, because transformers' own Llama cannot be pickled."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=3, n_head=2, n_positions=16))
+    stop_backward(model, layers=model.transformer.h, first_trainable=2, reentrant=reentrant)
+    twin = pickle.loads(pickle.dumps(model))
+    twin.gradient_checkpointing_enable()
+    assert twin.gradient_checkpointing_enable.owner is twin
+    assert [layer.gradient_checkpointing for layer in twin.transformer.h] == [False, False, True]
+    assert not model.is_gradient_checkpointing
+
+
+def test_a_stopped_model_is_saved_and_loaded_as_any_other(tmp_path: Path) -> None:
+    model = build("full", tmp_path, checkpointing="reentrant", stop=True)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert "gradient_checkpointing_enable" not in vars(loaded)
+
+
+class Watch(TrainerCallback):
+    """Repeats the call and proves the first step, as the plugin does."""
+
+    def __init__(self) -> None:
+        self.proof: FirstStepProof | None = None
+        self.without: list[str] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        layers = find_stack(model).layers
+        stop_backward(model, layers=layers, first_trainable=CUT)
+        expected = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.proof = FirstStepProof(model, layers=layers, first_trainable=CUT, expected_trainable=expected)
+        self.proof.attach()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.without is None:
+            assert self.proof is not None
+            self.without = self.proof.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_steps_of_the_real_trainer_end_in_the_stock_weights(mode: str, tmp_path: Path) -> None:
+    rows = [{key: value[0] for key, value in token_batch(rows=1, seed=seed).items()} for seed in range(4)]
+
+    def train(stop: bool) -> tuple[Any, Watch]:
+        model, watch = build(mode, tmp_path / "model", checkpointing="reentrant", stop=stop, reentrant=False), Watch()
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            use_cpu=True,
+            max_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": True},
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model=model, args=args, train_dataset=rows, callbacks=[watch] if stop else []).train()
+        return model, watch
+
+    stock, _ = train(stop=False)
+    ours, watch = train(stop=True)
+    assert watch.without == []
+    assert_stopped(take_step(ours))
+    trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    reference = dict(stock.named_parameters())
+    assert trained and all(torch.equal(p, reference[name]) for name, p in trained.items())
+
+
+def test_dpo_of_trl_stops_at_the_cut(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    vocabulary = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    rows = [{"prompt": "w3 w4 w5", "chosen": f"w{6 + i} w7", "rejected": "w8 w9"} for i in range(4)]
+    model, watch = build("lora", tmp_path, checkpointing="reentrant", stop=True, reentrant=False), Watch()
+    args = DPOConfig(
+        output_dir=str(tmp_path / "out"),
+        use_cpu=True,
+        bf16=False,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = DPOTrainer(
+        model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=fast, callbacks=[watch]
+    )
+    trainer.train()
+    assert watch.without == []
+    after = dict(trainer.model.named_parameters())
+    assert all(not torch.equal(value, after[name]) for name, value in before.items())
+    assert_stopped(take_step(trainer.model))
+
+
+def test_grpo_style_toggling_keeps_the_frozen_layers_out(tmp_path: Path) -> None:
+    """TRL's online trainers switch checkpointing off to generate, and on again without arguments, at every step."""
+    from trl.models.utils import disable_gradient_checkpointing
+
+    model = build("lora", tmp_path, checkpointing="non-reentrant", stop=True)
+    for _ in range(2):
+        with disable_gradient_checkpointing(model, {"use_reentrant": True}):
+            assert not model.is_gradient_checkpointing
+        step = take_step(model)
+        assert_stopped(step)
+        assert step.recomputed == [5, 4]
+
+
+def ddp_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for checkpointing in ("non-reentrant", "reentrant"):
+        three_steps_of_ddp(rank, folder, checkpointing)
+    torch.distributed.destroy_process_group()
+
+
+def three_steps_of_ddp(rank: int, folder: str, checkpointing: str) -> None:
+    model = build("lora", Path(folder), checkpointing=checkpointing, stop=True)
+    wrapped = DistributedDataParallel(model)
+    layers = find_stack(model).layers
+    expected = [name for name, p in model.named_parameters() if p.requires_grad]
+    stop_backward(wrapped, layers=layers, first_trainable=CUT, reentrant=checkpointing == "reentrant")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    proof = FirstStepProof(wrapped, layers=layers, first_trainable=CUT, expected_trainable=expected)
+    proof.attach()
+    for index in range(3):
+        step = take_step(model, run=wrapped, batch=token_batch(seed=10 * index + rank))
+        if index == 0:
+            assert proof.check() == []
+        assert_stopped(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = {name: dict(model.named_parameters())[name].detach() for name in expected}
+    torch.save(trained, f"{folder}/{checkpointing}-{rank}.pt")
+
+
+def test_two_processes_stop_at_the_cut_and_stay_equal(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(ddp_worker, args=(str(tmp_path),), nprocs=2)
+    start = dict(build("lora", tmp_path, checkpointing="none", stop=True).named_parameters())
+    one, *others = (torch.load(path) for path in sorted(tmp_path.glob("*.pt")))
+    assert len(one) == 28 and all(not torch.equal(value, start[name]) for name, value in one.items())
+    assert len(others) == 3
+    for other in others:
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_boundary_is_inactive_without_gradients_and_in_evaluation(tmp_path: Path) -> None:
+    model = build("full", tmp_path, checkpointing="reentrant", stop=True)
+    outputs: list[Tensor] = []
+    model.model.layers[CUT - 1].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    with torch.no_grad():
+        model(**token_batch())
+    model.eval()(**token_batch())
+    assert [output.requires_grad for output in outputs] == [False, False]
+
+
+def test_the_boundary_keeps_what_else_a_layer_returns() -> None:
+    module, state, other = nn.Identity().train(), torch.ones(1, 2, 3), torch.zeros(2)
+    output = boundary(module, (), (state, other))
+    assert isinstance(output, tuple) and output[0].requires_grad and output[1] is other
+    assert not state.requires_grad
+
+
+def test_the_boundary_refuses_to_cut_off_something_trained(tmp_path: Path) -> None:
+    model = build("full", tmp_path, checkpointing="reentrant", stop=True)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    with pytest.raises(FrontierError, match="output of the last frozen decoder layer needs gradient"):
+        model(**token_batch())
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_restoring_gives_the_stock_run_back(checkpointing: str, tmp_path: Path) -> None:
+    def trained_embeddings(stop: bool) -> Any:
+        model = build("full", tmp_path, checkpointing=checkpointing, stop=stop)
+        train_only(model, lambda name: in_suffix(name) or "embed_tokens" in name)
+        if stop:
+            assert obstacles(model, stack=find_stack(model), first_trainable=CUT)
+            restore_backward(model)
+            restore_backward(model)
+        return model
+
+    model = trained_embeddings(stop=True)
+    assert "enable_input_require_grads" not in vars(model) and "gradient_checkpointing_enable" not in vars(model)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [checkpointing != "none"] * NUM_LAYERS
+    assert len(model.get_input_embeddings()._forward_hooks) == 1, "one that the public method can remove again"
+    ours, stock = take_step(model), take_step(trained_embeddings(stop=False))
+    assert "model.embed_tokens.weight" in ours.gradients
+    assert_same_gradients(ours, stock)
+    assert ours.saved_below == stock.saved_below
+
+
+def lora_with(**options: Any) -> Any:
+    return add_lora(tiny_llama(), first_trainable=CUT, **options)
+
+
+def full_with(wanted: str, **config: Any) -> Any:
+    model = tiny_llama(**config)
+    train_only(model, lambda name: in_suffix(name) or wanted in name)
+    return model
+
+
+def prompt_tuned() -> Any:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return get_peft_model(tiny_llama(), config)
+
+
+OBSTACLES: dict[str, tuple[Any, str]] = {
+    "trained embeddings": (
+        lambda: full_with("embed_tokens"),
+        "the input embeddings 'model.embed_tokens' are trained (model.embed_tokens.weight), "
+        "so gradients must pass through every layer.",
+    ),
+    "tied head": (
+        lambda: full_with("embed_tokens", tie_word_embeddings=True),
+        "the unembedding shares its weight with the input embeddings 'model.embed_tokens', and that is trained",
+    ),
+    "saved embeddings": (
+        lambda: lora_with(modules_to_save=["embed_tokens", "lm_head"]),
+        "embed_tokens' are trained (base_model.model.model.embed_tokens.modules_to_save.default.weight)",
+    ),
+    "trainable tokens": (
+        lambda: lora_with(trainable_token_indices=[3, 5]),
+        "embed_tokens' are trained (base_model.model.model.embed_tokens.token_adapter",
+    ),
+    "LoRA on embeddings": (
+        lambda: lora_with(target_modules=["model.embed_tokens", "q_proj"]),
+        "embed_tokens' are trained (base_model.model.model.embed_tokens.lora_embedding_A.default",
+    ),
+    "prompt tuning": (prompt_tuned, "a prompt in front of the first decoder layer is trained (prompt_encoder"),
+    "frozen layer": (
+        lambda: full_with("layers.1.mlp.up_proj"),
+        "the frozen decoder layer 'model.layers.1' holds trained parameters (model.layers.1.mlp.up_proj.weight)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OBSTACLES)
+def test_what_keeps_the_backward_pass_from_stopping_is_said(case: str) -> None:
+    make, sentence = OBSTACLES[case]
+    model = make()
+    found = obstacles(model, stack=find_stack(model), first_trainable=CUT)
+    assert len(found) == 1
+    assert sentence in found[0]
+    assert obstacles(model, stack=find_stack(model), first_trainable=0) == []
+
+
+def test_a_trained_projector_is_an_obstacle() -> None:
+    text = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=1))
+    train_only(model, lambda name: "language_model.layers.5" in name or "multi_modal_projector" in name)
+    stack = find_stack(model)
+    (found,) = obstacles(model, stack=stack, first_trainable=5)
+    assert found.startswith("parameters outside the decoder layers, the final norm and the unembedding are trained")
+    assert "multi_modal_projector.linear_1.bias" in found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_planned_run_has_no_obstacle(mode: str, tmp_path: Path) -> None:
+    model = build(mode, tmp_path, checkpointing="none", stop=True)
+    assert obstacles(model, stack=find_stack(model), first_trainable=CUT) == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_trained_by_itself_is_no_obstacle(tied: bool) -> None:
+    """LoRA on a tied head trains two factors beside the shared weight, and a copy to save is a copy."""
+    model = tiny_llama(tie_word_embeddings=tied)
+    stack = find_stack(model)
+    adapted = add_lora(model, first_trainable=CUT, target_modules=["q_proj", "lm_head"])
+    assert any("lm_head.lora_A" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    assert obstacles(adapted, stack=stack, first_trainable=CUT) == []
+    if not tied:
+        saved = lora_with(modules_to_save=["lm_head", "model.norm"])
+        assert obstacles(saved, stack=find_stack(saved), first_trainable=CUT) == []
+        assert obstacles(saved, stack=find_stack(saved.base_model.model), first_trainable=CUT) == []
+
+
+def test_a_stack_of_another_model_is_refused() -> None:
+    with pytest.raises(FrontierError, match="is not part of the model"):
+        obstacles(tiny_llama(), stack=find_stack(tiny_llama()), first_trainable=CUT)
+
+
+def test_names_are_the_same_under_every_wrapper(tmp_path: Path) -> None:
+    assert normalise("module._orig_mod.model.layers.2._checkpoint_wrapped_module.mlp.w") == "model.layers.2.mlp.w"
+    assert normalise("_fsdp_wrapped_module.module.lm_head.weight") == "lm_head.weight"
+    assert normalise("module") == "module"
+    model = build("full", tmp_path, checkpointing="none", stop=True)
+    expected = [name for name, p in model.named_parameters() if p.requires_grad]
+    apply_activation_checkpointing(model, auto_wrap_policy=ModuleWrapPolicy({GradientCheckpointingLayer}))
+    check_trainable(nn.Sequential().append(torch.compile(model))[0], expected=expected)
+
+
+def test_other_trainable_parameters_than_planned_are_listed() -> None:
+    model = tiny_llama()
+    train_only(model, lambda name: in_suffix(name) and "norm" not in name)
+    expected = [name for name, _ in model.named_parameters() if in_suffix(name)]
+    with pytest.raises(
+        FrontierError, match=r"missing, 5: model\.layers\.4\.input_layernorm\.weight, .*; unexpected, 0"
+    ):
+        check_trainable(model, expected=expected)
+    with pytest.raises(FrontierError, match=r"unexpected, 14: .*, and 4 more"):
+        check_trainable(model, expected=["lm_head.weight"])
+    with pytest.raises(FrontierError, match="the plan trains no parameter at all"):
+        check_trainable(model, expected=[])
+
+
+@pytest.fixture
+def full_model(tmp_path: Path) -> Iterator[Any]:
+    yield build("full", tmp_path, checkpointing="none", stop=True)
+
+
+def attached(model: Any, *, first_trainable: int = CUT) -> FirstStepProof:
+    expected = [name for name, p in model.named_parameters() if p.requires_grad]
+    proof = FirstStepProof(
+        model, layers=find_stack(model).layers, first_trainable=first_trainable, expected_trainable=expected
+    )
+    proof.attach()
+    proof.attach()
+    return proof
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    on_modules = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    return on_modules + [p for p in model.parameters() if p._backward_hooks]
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_proof_passes_a_stopped_run_and_leaves_no_hook(mode: str, checkpointing: str, tmp_path: Path) -> None:
+    model = build(mode, tmp_path, checkpointing=checkpointing, stop=True)
+    before = hooks_of(model)
+    proof = attached(model)
+    with torch.no_grad():
+        model(**token_batch())  # an evaluation before the first step is no evidence and no counter-evidence
+    model(**token_batch()).loss.backward()
+    assert proof.check() == []
+    assert hooks_of(model) == before
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_proof_notices_input_gradients(mode: str, checkpointing: str, tmp_path: Path) -> None:
+    model = build(mode, tmp_path, checkpointing=checkpointing, stop=False)
+    before = hooks_of(model)
+    proof = attached(model)
+    model(**token_batch()).loss.backward()
+    name = r"model\.layers\.3\) needs gradient, so the backward pass does not stop at the cut 4"
+    with pytest.raises(FrontierError, match=rf"frozen decoder layer 3 \(.*{name}"):
+        proof.check()
+    assert hooks_of(model) == before
+
+
+def test_the_proof_takes_only_the_leaf_of_the_boundary(tmp_path: Path) -> None:
+    model = build("full", tmp_path, checkpointing="reentrant", stop=True)
+    model.model.layers[CUT - 1].register_forward_hook(lambda _module, _args, output: output * 1)
+    proof = attached(model)
+    model(**token_batch()).loss.backward()
+    with pytest.raises(FrontierError, match="needs gradient, so the backward pass does not stop at the cut 4"):
+        proof.check()
+
+
+def test_the_proof_names_a_module_that_ran_without_gradient(full_model: Any) -> None:
+    full_model.model.layers[5].mlp.register_forward_hook(lambda _module, _args, output: output.detach())
+    proof = attached(full_model)
+    full_model(**token_batch()).loss.backward()
+    expected = "ran in the first step but got no gradient: .*layers.5.mlp.down_proj, .*gate_proj, .*up_proj"
+    with pytest.raises(FrontierError, match=expected):
+        proof.check()
+
+
+class OneOfFour(nn.Module):
+    """A mixture of experts whose router sends every token to expert 2."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(copy.deepcopy(mlp) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.experts[2](hidden)
+
+
+def test_the_proof_allows_experts_that_no_token_was_routed_to(full_model: Any) -> None:
+    layer = full_model.model.layers[5]
+    layer.mlp = OneOfFour(layer.mlp)
+    proof = attached(full_model)
+    full_model(**token_batch()).loss.backward()
+    without = proof.check()
+    assert len(without) == 9
+    assert {name.split(".")[5] for name in without} == {"0", "1", "3"}
+
+
+class FusedAway(nn.Module):
+    """Reads the weights of its layer without running the modules that own them, and outside of autograd."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.inner = layer
+
+    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+        return hidden + (hidden @ self.inner.self_attn.q_proj.weight.T).detach()
+
+
+def test_the_proof_notices_a_fused_layer_that_trains_nothing(full_model: Any) -> None:
+    full_model.model.layers[4] = FusedAway(full_model.model.layers[4])
+    proof = attached(full_model)
+    full_model(**token_batch()).loss.backward()
+    with pytest.raises(FrontierError, match="decoder layer 4 ran in the first step, but none of its 9 trained"):
+        proof.check()
+
+
+def test_the_proof_needs_a_step(full_model: Any) -> None:
+    proof = attached(full_model)
+    with torch.no_grad():
+        full_model(**token_batch())
+    with pytest.raises(FrontierError, match=r"layer 3 \(model\.layers\.3\) did not run with gradients on"):
+        proof.check()
+    proof = attached(full_model, first_trainable=0)
+    with pytest.raises(FrontierError, match="decoder layer 4 ran in the first step, but none of its 9 trained"):
+        proof.check()
+    train_only(full_model, lambda name: name == "lm_head.weight")
+    proof = attached(full_model, first_trainable=0)
+    with pytest.raises(FrontierError, match=r"no trained parameter got a gradient in the first step: lm_head\.weight"):
+        proof.check()
+    train_only(full_model, in_suffix)
+    proof = attached(full_model)
+    proof.detach()
+    assert hooks_of(full_model) == []
+
+
+def test_with_a_cut_at_zero_only_gradients_are_proved() -> None:
+    model = tiny_llama()
+    model.enable_input_require_grads()
+    proof = attached(model, first_trainable=0)
+    model(**token_batch()).loss.backward()
+    assert proof.check() == []
+
+
+def test_the_proof_starts_only_from_the_planned_parameters(full_model: Any) -> None:
+    proof = FirstStepProof(
+        full_model, layers=full_model.model.layers, first_trainable=CUT, expected_trainable=["lm_head.weight"]
+    )
+    with pytest.raises(FrontierError, match="the trainable parameters are not those of the plan; missing, 0: none"):
+        proof.attach()
+    assert hooks_of(full_model) == []
+
+
+def test_the_proof_watches_the_layers_of_its_own_model(full_model: Any) -> None:
+    expected = [name for name, p in full_model.named_parameters() if p.requires_grad]
+    layers = copy.deepcopy(full_model).model.layers
+    proof = FirstStepProof(full_model, layers=layers, first_trainable=CUT, expected_trainable=expected)
+    with pytest.raises(FrontierError, match="decoder layers to watch are not part of the model"):
+        proof.attach()
