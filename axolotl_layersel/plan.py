@@ -1,6 +1,6 @@
 """The plan: which layers to train and why, as a value that can be saved, read, shared and applied.
 
-Computing a plan (`score_layers.py`) and applying it (`plugin.py`, `backward_cut.py`) meet only here. The file is versioned
+Computing a plan (`method/`) and applying it (`training/`, `integration/`) meet only here. The file is versioned
 JSON with a stable key order, written atomically; a reader never sees half of one.
 """
 

@@ -19,7 +19,7 @@ time on a CPU, one thread, and device events on a GPU. The columns:
   the stock trainer's for the same layers; `backward`: of it alone.
 - `saved MB`: what autograd holds at the end of the forward pass, parameters excluded, and its ratio; `saved/predicted`:
   to the bytes that `cut_cost.py` predicts. On a GPU also the peak of a step.
-- `passes`: forward and backward. `theory`: the same in FLOPs, predicted by `cut_cost.py` before anything is trained; `with
+- `passes`: forward and backward. `theory`: the same in FLOPs, predicted by `cut_cost.py` before training; `with
   bytes`: in FLOPs and bytes that are moved, weighed by the machine's measured balance; `passes/` compares with each.
 
     python benchmarks/step.py

@@ -1,7 +1,7 @@
 """Which cut every method would choose on the same sample, what finding it costs, and how far the methods agree.
 
-Ours with each deviation and each gain, the signals of `other_signals.py`, and fixed shares of the layers. All weights go
-through the policy of the run. The first row is the run's own choice, which the others are compared with.
+Ours with each deviation and each gain, the signals of `other_signals.py`, and fixed shares of the layers. All weights
+go through the policy of the run. The first row is the run's own choice, which the others are compared with.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ PEFT's `layers_to_transform` covers target lists. Everything that it does not co
 - MoE projections that PEFT turns into parameters of every layer by itself (`w1`, `gate_proj`): the same parameters;
 - modules outside of the decoder layers that the user names (`lm_head`, `embed_tokens`): their full paths.
 
-`unfrozen_parameters` then names the adapter parameters of those layers; its dialect is explained in `trainable_parameters.py`.
+`unfrozen_parameters` then names the adapter parameters of those layers; `trainable_parameters.py`
+explains its dialect.
 """
 
 from __future__ import annotations
