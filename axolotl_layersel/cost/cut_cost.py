@@ -1,7 +1,8 @@
 """What a cut costs: FLOPs, kept activations, trained parameters and optimizer state of a step, for every cut.
 
 `layer_probe.py` says what a layer computes and which gradients autograd asks for, `flops.py` counts it, and here it is
-added up for the run's own mode and shape. Ratios are to training every decoder layer in the same mode, by the stock trainer.
+added up for the run's own mode and shape. Ratios are to training every decoder layer in the same mode, by the stock
+trainer.
 
 FLOPs alone are not time. Norms, activations and rotary embeddings have hardly any, and neither has an adapter, but all
 of them move bytes. `balance` weighs those: it is the FLOPs that a machine computes in the time in which it moves a byte

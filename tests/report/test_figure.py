@@ -135,7 +135,8 @@ def test_a_users_own_matplotlib_is_left_alone(tmp_path: Path) -> None:
 
 def test_importing_loads_no_matplotlib_and_drawing_no_pyplot(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import axolotl_layersel.report.page as page; "
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
+        "import axolotl_layersel.report.page as page; "
         "assert 'matplotlib' not in sys.modules; from plans import scored_plan; "
         "page.write_report(scored_plan(num_layers=2), Path(sys.argv[2]), config_text=None); "
         "assert 'matplotlib.pyplot' not in sys.modules"
