@@ -13,11 +13,11 @@ MAY_IMPORT: dict[str, set[str]] = {  # a subpackage, or a module at the top -> w
     "plan": set(),
     "config": set(),
     "model": set(),
-    "method": {"model"},
-    "cost": {"model"},
-    "prefix_cache": {"model"},
+    "method": {"model", "plan"},
+    "cost": {"model", "plan"},
+    "prefix_cache": {"model", "plan"},
     "training": {"model", "plan", "prefix_cache"},
-    "compare": {"method", "model"},
+    "compare": {"method", "model", "plan"},
     "report": {"plan", "config"},
     "integration": {
         "plan", "config", "model", "method", "cost", "prefix_cache", "training", "compare", "report", "__init__",
@@ -29,7 +29,6 @@ MAY_IMPORT: dict[str, set[str]] = {  # a subpackage, or a module at the top -> w
     "__main__": {"cli"},
 }  # fmt: skip
 KNOW_AXOLOTL = {"integration", "_startup"}  # the alias wraps axolotl's loader, without importing it
-METHOD_ALONE = {"method", "model"}
 
 
 def _modules() -> dict[Path, ast.Module]:
