@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_runs import instruction_rows
+from example_stand_ins import IMAGE_TOKENS, StandIn, make_stand_in
 from PIL import Image
-from test_examples import IMAGE_TOKENS, StandIn, make_stand_in
 
 
 def make_image_model(folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """Tiny models of every architecture that the README's table names, built from configs: offline, seeded, no download.
 
-`python tests/helpers/models.py` runs `test_models.py` and prints the table that it makes.
+`model_outcomes.py` runs them and makes the table.
 """
 
 from __future__ import annotations
@@ -210,16 +210,3 @@ def markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
     lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(cells[column] for column in COLUMNS) + " |" for name, cells in rows.items()]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    import contextlib
-    import sys
-    from pathlib import Path
-
-    sys.path[:0] = [str(Path(__file__).parents[1] / "integration")]
-    from test_models import table
-
-    with contextlib.redirect_stdout(sys.stderr):  # PEFT prints
-        made = table()
-    print(made)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from axolotl_runs import make_dataset, plan_of, write_config
 from axolotl_turns import train_in_turn
+from example_stand_ins import trained_layers
 from image_data import image_options, make_image_model
-from test_examples import trained_layers
 
 FULL = dict.fromkeys(["adapter", "lora_r", "lora_alpha", "lora_target_linear"])
 GIVEN = {"layersel": {"first_layer": 2, "report": False}, "skip_prepare_dataset": True}

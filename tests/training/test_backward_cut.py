@@ -1,4 +1,4 @@
-"""The backward pass stops at the cut, with the gradients of the stock run, and the proof notices when it does not.
+"""The backward pass stops at the cut, with the gradients of the stock run.
 
 Stock means what transformers, PEFT and TRL do for the same trained layers: the embeddings' output requires grad.
 """
@@ -8,15 +8,24 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
+from backward_steps import (
+    CHECKPOINTING,
+    CUT,
+    MODES,
+    NUM_LAYERS,
+    assert_same_gradients,
+    assert_stopped,
+    attached,
+    build,
+    in_suffix,
+    take_step,
+)
+from peft import prepare_model_for_kbit_training
 from tiny import VOCABULARY, add_lora, tiny_llama, tiny_llama_4bit, token_batch, train_only
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -25,12 +34,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
-    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -38,7 +43,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from axolotl_layersel.model.decoder_stack import find_stack, unwrap
+from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.parameter_names import normalise
 from axolotl_layersel.training.backward_cut import (
     FrontierError,
@@ -47,121 +52,8 @@ from axolotl_layersel.training.backward_cut import (
     restore_backward,
     stop_backward,
 )
-from axolotl_layersel.training.first_step_check import FirstStepProof, check_trainable
+from axolotl_layersel.training.first_step_check import FirstStepProof
 from axolotl_layersel.training.trained_below_cut import obstacles
-
-NUM_LAYERS, CUT = 6, 4
-MODES = ["lora", "qlora", "full"]
-CHECKPOINTING: dict[str, dict[str, Any] | None] = {
-    "none": None,
-    "non-reentrant": {"use_reentrant": False},
-    "reentrant": {"use_reentrant": True},
-}
-IN_SUFFIX = tuple(f"model.layers.{index}." for index in range(CUT, NUM_LAYERS))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than these matrices."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def in_suffix(name: str) -> bool:
-    return name.startswith((*IN_SUFFIX, "model.norm.", "lm_head."))
-
-
-def build(mode: str, folder: Path, *, checkpointing: str, stop: bool, reentrant: bool | None = None) -> Any:
-    """One model, in the order of an axolotl run; every later call that switches input gradients on is made, too."""
-    kwargs = CHECKPOINTING[checkpointing]
-    model = tiny_llama_4bit(folder) if mode == "qlora" else tiny_llama()
-    if mode == "qlora":
-        prepare_model_for_kbit_training(model, kwargs is not None, dict(kwargs or {}))
-    if kwargs is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-    model.enable_input_require_grads()
-    if stop:
-        chosen = checkpointing == "reentrant" if reentrant is None else reentrant
-        stop_backward(model, layers=find_stack(model).layers, first_trainable=CUT, reentrant=chosen)
-    if mode == "full":
-        train_only(model, in_suffix)
-    else:
-        model = add_lora(model, first_trainable=CUT)
-    model.enable_input_require_grads()
-    if kwargs is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-    return model
-
-
-@dataclass
-class Step:
-    """What one forward and backward pass did."""
-
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    saved_below: int = 0  # tensors saved for backward before the first trained layer started
-    saved_bytes: int = 0  # of activations, each storage once
-    with_history: list[str] = field(default_factory=list)  # modules before the cut whose output had a grad_fn
-    recomputed: list[int] = field(default_factory=list)  # layers that ran again during backward
-
-
-def take_step(model: Any, *, run: Any = None, batch: dict[str, Tensor] | None = None) -> Step:
-    step, phase = Step(), "below"
-    stack = find_stack(model)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: set[int] = set()
-
-    def note_history(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
-        tensor = output if isinstance(output, Tensor) else output[0]
-        if tensor.grad_fn is not None:
-            step.with_history.append(name)
-
-    def note_forward(index: int, _module: nn.Module, _args: Any) -> None:
-        if phase == "backward":
-            step.recomputed.append(index)
-
-    def cross(_module: nn.Module, _args: Any, _output: Any) -> None:
-        nonlocal phase
-        if phase == "below":
-            phase = "above"
-
-    def pack(tensor: Tensor) -> Tensor:
-        step.saved_below += phase == "below"
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights | seen:
-            seen.add(storage.data_ptr())
-            step.saved_bytes += storage.nbytes()
-        return tensor
-
-    handles = [stack.embeddings.register_forward_hook(partial(note_history, "embeddings"))]
-    for index, layer in enumerate(stack.layers):
-        handles.append(unwrap(layer).register_forward_pre_hook(partial(note_forward, index)))
-        if index < CUT:
-            handles.append(layer.register_forward_hook(partial(note_history, f"layer {index}")))
-    handles.append(stack.layers[CUT - 1].register_forward_hook(cross))
-    torch.manual_seed(3)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = (run or model)(**(batch or token_batch()), use_cache=False).loss
-    phase = "backward"
-    loss.backward()
-    for handle in handles:
-        handle.remove()
-    step.gradients = {normalise(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return step
-
-
-def assert_stopped(step: Step) -> None:
-    assert step.with_history == []
-    assert step.saved_below == 0
-    assert all(index >= CUT for index in step.recomputed)
-
-
-def assert_same_gradients(ours: Step, stock: Step) -> None:
-    assert ours.gradients.keys() == stock.gradients.keys()
-    assert len(ours.gradients) >= 2
-    different = [name for name, gradient in ours.gradients.items() if not torch.equal(gradient, stock.gradients[name])]
-    assert different == []
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
@@ -617,270 +509,3 @@ def test_restoring_gives_the_stock_run_back(checkpointing: str, tmp_path: Path) 
     assert "model.embed_tokens.weight" in ours.gradients
     assert_same_gradients(ours, stock)
     assert ours.saved_below == stock.saved_below
-
-
-def lora_with(**options: Any) -> Any:
-    return add_lora(tiny_llama(), first_trainable=CUT, **options)
-
-
-def full_with(wanted: str, **config: Any) -> Any:
-    model = tiny_llama(**config)
-    train_only(model, lambda name: in_suffix(name) or wanted in name)
-    return model
-
-
-def prompt_tuned() -> Any:
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    return get_peft_model(tiny_llama(), config)
-
-
-OBSTACLES: dict[str, tuple[Any, str]] = {
-    "trained embeddings": (
-        lambda: full_with("embed_tokens"),
-        "the input embeddings 'model.embed_tokens' are trained (model.embed_tokens.weight), "
-        "so gradients must pass through every layer.",
-    ),
-    "tied head": (
-        lambda: full_with("embed_tokens", tie_word_embeddings=True),
-        "the unembedding shares its weight with the input embeddings 'model.embed_tokens', and that is trained",
-    ),
-    "saved embeddings": (
-        lambda: lora_with(modules_to_save=["embed_tokens", "lm_head"]),
-        "embed_tokens' are trained (base_model.model.model.embed_tokens.modules_to_save.default.weight)",
-    ),
-    "trainable tokens": (
-        lambda: lora_with(trainable_token_indices=[3, 5]),
-        "embed_tokens' are trained (base_model.model.model.embed_tokens.token_adapter",
-    ),
-    "LoRA on embeddings": (
-        lambda: lora_with(target_modules=["model.embed_tokens", "q_proj"]),
-        "embed_tokens' are trained (base_model.model.model.embed_tokens.lora_embedding_A.default",
-    ),
-    "prompt tuning": (prompt_tuned, "a prompt in front of the first decoder layer is trained (prompt_encoder"),
-    "frozen layer": (
-        lambda: full_with("layers.1.mlp.up_proj"),
-        "the frozen decoder layer 'model.layers.1' holds trained parameters (model.layers.1.mlp.up_proj.weight)",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", OBSTACLES)
-def test_what_keeps_the_backward_pass_from_stopping_is_said(case: str) -> None:
-    make, sentence = OBSTACLES[case]
-    model = make()
-    found = obstacles(model, stack=find_stack(model), first_trainable=CUT)
-    assert len(found) == 1
-    assert sentence in found[0]
-    assert obstacles(model, stack=find_stack(model), first_trainable=0) == []
-
-
-def test_a_trained_projector_is_an_obstacle() -> None:
-    text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=1))
-    train_only(model, lambda name: "language_model.layers.5" in name or "multi_modal_projector" in name)
-    stack = find_stack(model)
-    (found,) = obstacles(model, stack=stack, first_trainable=5)
-    assert found.startswith("parameters outside the decoder layers, the final norm and the unembedding are trained")
-    assert "multi_modal_projector.linear_1.bias" in found
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_planned_run_has_no_obstacle(mode: str, tmp_path: Path) -> None:
-    model = build(mode, tmp_path, checkpointing="none", stop=True)
-    assert obstacles(model, stack=find_stack(model), first_trainable=CUT) == []
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_is_trained_by_itself_is_no_obstacle(tied: bool) -> None:
-    """LoRA on a tied head trains two factors beside the shared weight, and a copy to save is a copy."""
-    model = tiny_llama(tie_word_embeddings=tied)
-    stack = find_stack(model)
-    adapted = add_lora(model, first_trainable=CUT, target_modules=["q_proj", "lm_head"])
-    assert any("lm_head.lora_A" in name for name, p in adapted.named_parameters() if p.requires_grad)
-    assert obstacles(adapted, stack=stack, first_trainable=CUT) == []
-    if not tied:
-        saved = lora_with(modules_to_save=["lm_head", "model.norm"])
-        assert obstacles(saved, stack=find_stack(saved), first_trainable=CUT) == []
-        assert obstacles(saved, stack=find_stack(saved.base_model.model), first_trainable=CUT) == []
-
-
-def test_a_stack_of_another_model_is_refused() -> None:
-    with pytest.raises(FrontierError, match="is not part of the model"):
-        obstacles(tiny_llama(), stack=find_stack(tiny_llama()), first_trainable=CUT)
-
-
-def test_names_are_the_same_under_every_wrapper(tmp_path: Path) -> None:
-    assert normalise("module._orig_mod.model.layers.2._checkpoint_wrapped_module.mlp.w") == "model.layers.2.mlp.w"
-    assert normalise("_fsdp_wrapped_module.module.lm_head.weight") == "lm_head.weight"
-    assert normalise("module") == "module"
-    model = build("full", tmp_path, checkpointing="none", stop=True)
-    expected = [name for name, p in model.named_parameters() if p.requires_grad]
-    apply_activation_checkpointing(model, auto_wrap_policy=ModuleWrapPolicy({GradientCheckpointingLayer}))
-    check_trainable(nn.Sequential().append(torch.compile(model))[0], expected=expected)
-
-
-def test_other_trainable_parameters_than_planned_are_listed() -> None:
-    model = tiny_llama()
-    train_only(model, lambda name: in_suffix(name) and "norm" not in name)
-    expected = [name for name, _ in model.named_parameters() if in_suffix(name)]
-    with pytest.raises(
-        FrontierError, match=r"missing, 5: model\.layers\.4\.input_layernorm\.weight, .*; unexpected, 0"
-    ):
-        check_trainable(model, expected=expected)
-    with pytest.raises(FrontierError, match=r"unexpected, 14: .*, and 4 more"):
-        check_trainable(model, expected=["lm_head.weight"])
-    with pytest.raises(FrontierError, match="the plan trains no parameter at all"):
-        check_trainable(model, expected=[])
-
-
-@pytest.fixture
-def full_model(tmp_path: Path) -> Iterator[Any]:
-    yield build("full", tmp_path, checkpointing="none", stop=True)
-
-
-def attached(model: Any, *, first_trainable: int = CUT) -> FirstStepProof:
-    expected = [name for name, p in model.named_parameters() if p.requires_grad]
-    proof = FirstStepProof(
-        model, layers=find_stack(model).layers, first_trainable=first_trainable, expected_trainable=expected
-    )
-    proof.attach()
-    proof.attach()
-    return proof
-
-
-def hooks_of(model: nn.Module) -> list[Any]:
-    on_modules = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-    return on_modules + [p for p in model.parameters() if p._backward_hooks]
-
-
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("mode", MODES)
-def test_the_proof_passes_a_stopped_run_and_leaves_no_hook(mode: str, checkpointing: str, tmp_path: Path) -> None:
-    model = build(mode, tmp_path, checkpointing=checkpointing, stop=True)
-    before = hooks_of(model)
-    proof = attached(model)
-    with torch.no_grad():
-        model(**token_batch())  # an evaluation before the first step is no evidence and no counter-evidence
-    model(**token_batch()).loss.backward()
-    assert proof.check() == []
-    assert hooks_of(model) == before
-
-
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("mode", MODES)
-def test_the_proof_notices_input_gradients(mode: str, checkpointing: str, tmp_path: Path) -> None:
-    model = build(mode, tmp_path, checkpointing=checkpointing, stop=False)
-    before = hooks_of(model)
-    proof = attached(model)
-    model(**token_batch()).loss.backward()
-    name = r"model\.layers\.3\) needs gradient, so the backward pass does not stop at the cut 4"
-    with pytest.raises(FrontierError, match=rf"frozen decoder layer 3 \(.*{name}"):
-        proof.check()
-    assert hooks_of(model) == before
-
-
-def test_the_proof_takes_only_the_leaf_of_the_boundary(tmp_path: Path) -> None:
-    model = build("full", tmp_path, checkpointing="reentrant", stop=True)
-    model.model.layers[CUT - 1].register_forward_hook(lambda _module, _args, output: output * 1)
-    proof = attached(model)
-    model(**token_batch()).loss.backward()
-    with pytest.raises(FrontierError, match="needs gradient, so the backward pass does not stop at the cut 4"):
-        proof.check()
-
-
-def test_the_proof_names_a_module_that_ran_without_gradient(full_model: Any) -> None:
-    full_model.model.layers[5].mlp.register_forward_hook(lambda _module, _args, output: output.detach())
-    proof = attached(full_model)
-    full_model(**token_batch()).loss.backward()
-    expected = "ran in the first step but got no gradient: .*layers.5.mlp.down_proj, .*gate_proj, .*up_proj"
-    with pytest.raises(FrontierError, match=expected):
-        proof.check()
-
-
-class OneOfFour(nn.Module):
-    """A mixture of experts whose router sends every token to expert 2."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(copy.deepcopy(mlp) for _ in range(4))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.experts[2](hidden)
-
-
-def test_the_proof_allows_experts_that_no_token_was_routed_to(full_model: Any) -> None:
-    layer = full_model.model.layers[5]
-    layer.mlp = OneOfFour(layer.mlp)
-    proof = attached(full_model)
-    full_model(**token_batch()).loss.backward()
-    without = proof.check()
-    assert len(without) == 9
-    assert {name.split(".")[5] for name in without} == {"0", "1", "3"}
-
-
-class FusedAway(nn.Module):
-    """Reads the weights of its layer without running the modules that own them, and outside of autograd."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.inner = layer
-
-    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
-        return hidden + (hidden @ self.inner.self_attn.q_proj.weight.T).detach()
-
-
-def test_the_proof_notices_a_fused_layer_that_trains_nothing(full_model: Any) -> None:
-    full_model.model.layers[4] = FusedAway(full_model.model.layers[4])
-    proof = attached(full_model)
-    full_model(**token_batch()).loss.backward()
-    with pytest.raises(FrontierError, match="decoder layer 4 ran in the first step, but none of its 9 trained"):
-        proof.check()
-
-
-def test_the_proof_needs_a_step(full_model: Any) -> None:
-    proof = attached(full_model)
-    with torch.no_grad():
-        full_model(**token_batch())
-    with pytest.raises(FrontierError, match=r"layer 3 \(model\.layers\.3\) did not run with gradients on"):
-        proof.check()
-    proof = attached(full_model, first_trainable=0)
-    with pytest.raises(FrontierError, match="decoder layer 4 ran in the first step, but none of its 9 trained"):
-        proof.check()
-    train_only(full_model, lambda name: name == "lm_head.weight")
-    proof = attached(full_model, first_trainable=0)
-    with pytest.raises(FrontierError, match=r"no trained parameter got a gradient in the first step: lm_head\.weight"):
-        proof.check()
-    train_only(full_model, in_suffix)
-    proof = attached(full_model)
-    proof.detach()
-    assert hooks_of(full_model) == []
-
-
-def test_with_a_cut_at_zero_only_gradients_are_proved() -> None:
-    model = tiny_llama()
-    model.enable_input_require_grads()
-    proof = attached(model, first_trainable=0)
-    model(**token_batch()).loss.backward()
-    assert proof.check() == []
-
-
-def test_the_proof_starts_only_from_the_planned_parameters(full_model: Any) -> None:
-    proof = FirstStepProof(
-        full_model, layers=full_model.model.layers, first_trainable=CUT, expected_trainable=["lm_head.weight"]
-    )
-    with pytest.raises(FrontierError, match="the trainable parameters are not those of the plan; missing, 0: none"):
-        proof.attach()
-    assert hooks_of(full_model) == []
-
-
-def test_the_proof_watches_the_layers_of_its_own_model(full_model: Any) -> None:
-    expected = [name for name, p in full_model.named_parameters() if p.requires_grad]
-    layers = copy.deepcopy(full_model).model.layers
-    proof = FirstStepProof(full_model, layers=layers, first_trainable=CUT, expected_trainable=expected)
-    with pytest.raises(FrontierError, match="decoder layers to watch are not part of the model"):
-        proof.attach()

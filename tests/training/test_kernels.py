@@ -26,8 +26,8 @@ from axolotl.monkeypatch.tiled_mlp import patch_tiled_mlp
 from axolotl.train import train as axolotl_train
 from axolotl.utils.dict import DictDefault
 from axolotl_runs import environment, plan_of, write_config
+from backward_steps import CHECKPOINTING, CUT, NUM_LAYERS, Step, assert_stopped, in_suffix, take_step
 from safetensors.torch import load_file
-from test_frontier import CHECKPOINTING, CUT, NUM_LAYERS, Step, assert_stopped, in_suffix, take_step
 from tiny import PROJECTIONS, add_lora, tiny_llama, token_batch, train_only
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
