@@ -28,7 +28,7 @@ from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.model.latent_states import left_as_found
 
 Array = NDArray[np.float64]
-DEVIATIONS = ("cosine", "semantic_loss", "logit_lens")
+DEVIATIONS = ("cosine", "logit_lens")
 UNIFORM = "uniform"
 FIXED_SHARES = (0.25, 0.5, 0.75)  # of the layers, at the output side: what people choose without a tool
 

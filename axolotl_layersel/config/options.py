@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field
 
 from axolotl_layersel.config.conflicts import find_conflicts
 
-DeviationName = Literal["cosine", "semantic_loss", "logit_lens"]
+DeviationName = Literal["cosine", "logit_lens"]
 GainName = Literal["transition", "remaining", "drop", "uniform"]
 PolicyName = Literal["coverage", "peak_gain", "budget"]
 
@@ -55,6 +55,16 @@ class LayerSelOptions(BaseModel):
         description="full fine-tuning: final norm and head too, where that does not reach the embeddings",
     )
     report: bool = Field(default=True, description="figures and report in `<output_dir>/layersel/`")
+
+    @field_validator("deviation", mode="before")
+    @classmethod
+    def _semantic_loss_is_gone(cls, value: Any) -> Any:
+        if value == "semantic_loss":
+            raise ValueError(
+                "deviation is 'semantic_loss', which was removed: it needed a second forward pass and the bases of the "
+                "whole vocabulary, and chose no better. Remove the line for cosine, or write logit_lens"
+            )
+        return value
 
     @field_validator("budget")
     @classmethod

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 # Relative to the mean eigenvalue of G: far above float64 rounding (1e-16 x condition), far below any real direction.
 RIDGE = 1e-10
-_CHUNK = 16_384  # vocabulary rows in one float64 product
+_CHUNK = 4_096  # vocabulary rows in one float64 product
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,6 @@ class SemanticBases:
         rows_DU = self.weight_VD[unique_U].to(self.factor_DD).T
         bases_UD: Tensor = torch.cholesky_solve(rows_DU, self.factor_DD).T.float()
         return bases_UD[back_N.to(self.factor_DD.device)]
-
-    def all(self) -> Tensor:
-        """Bases of the whole vocabulary, (V, D) float32: only `semantic_loss` needs them."""
-        blocks = self.weight_VD.split(_CHUNK)
-        return torch.cat([torch.cholesky_solve(b.to(self.factor_DD).T, self.factor_DD).T.float() for b in blocks])
 
 
 def unembedding_weight(head: nn.Module) -> Tensor:

@@ -45,7 +45,7 @@ class Scores:
     stability: dict[int, float]  # cut -> share of bootstrap resamples
     row_cuts: dict[int, int]  # cut -> number of single rows
     tokens: int  # scored tokens
-    loss: float  # cross-entropy of softmax(W r_L) before training, nats per token; no logit scale, soft-cap or bias
+    loss: float  # cross-entropy of the head's logits before training, nats per token; no logit scale, no soft-cap
     notes: tuple[str, ...] = ()  # what the user should know about this choice
 
 

@@ -22,9 +22,7 @@ from axolotl_layersel.method.transition import (
     RowStatistics,
     TransitionMeter,
     cosine_deviation,
-    fit_temperature,
     logit_lens_loss,
-    semantic_loss,
 )
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.latent_states import read_states
@@ -33,6 +31,9 @@ from axolotl_layersel.model.verify_stack import prove_stack
 LOG = logging.getLogger("axolotl.integrations.layersel")
 
 Progress = Callable[[int, int], None]  # rows done, tokens done
+
+
+_LOGITS = 2**24  # at once: 16 M logits are 64 MB in float32
 
 
 class ScoringError(ValueError):
@@ -54,19 +55,17 @@ def measure(
     _check_tokens(rows, indices, num_embeddings=next(stack.embeddings.parameters()).shape[0])
     bases = semantic_bases(unembedding_weight(stack.head))
     norm = copy.deepcopy(stack.final_norm).float()  # read in float32 whatever the model's dtype
+    measured = _deviation(deviation, bases)
     pending = list(batches(rows, indices, batch_tokens=batch_tokens))
-    common = next(batches(rows, range(len(rows)), batch_tokens=batch_tokens))  # the same on every process
     parts = [RowStatistics.empty(stack.num_layers)]
-    tokens = 0
-    measured = None
+    tokens, proved = 0, False
     while pending:
         batch = pending.pop(0)
         try:
-            on_device = batch.to(device)
-            if measured is None:
-                prove_stack(model, stack, input_ids=on_device.input_ids[:1, :64])
-                measured = _deviation(deviation, stack, common.to(device), bases=bases, norm=norm)
-            part = _measure_batch(stack, on_device, bases=bases, norm=norm, deviation=measured)
+            if not proved:
+                prove_stack(model, stack, input_ids=batch.input_ids[:1, :64].to(device))
+                proved = True
+            part = _measure_batch(stack, batch.to(device), bases=bases, norm=norm, deviation=measured)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
@@ -77,7 +76,6 @@ def measure(
                 ) from error
             LOG.warning("out of memory with %d rows in a batch; scoring goes on with half of them", len(batch.rows))
             pending = [half for b in (batch, *pending) for half in b.halves()]
-            common = common.halves()[0]
             continue
         _check_finite(part, model, rows)
         parts.append(part)
@@ -119,9 +117,9 @@ def _measure_batch(
         last[:] = [states_ND]
 
     read_states(stack, input_ids=batch.input_ids, attention_mask=batch.attention_mask, reader=reader)
-    with torch.autocast(labels_N.device.type, enabled=False):
-        loss_N = logit_lens_loss(last[0].to(labels_N.device), labels_N, bases.weight_VD)
-    return meter.finish(rows=list(batch.rows), loss_N=loss_N)
+    return meter.finish(
+        rows=list(batch.rows), loss_N=_head_loss(stack.head, last[0], labels_N, vocabulary=len(bases.weight_VD))
+    )
 
 
 def _read(norm: nn.Module, hidden_ND: Tensor) -> Tensor:
@@ -132,26 +130,25 @@ def _read(norm: nn.Module, hidden_ND: Tensor) -> Tensor:
     return states_ND
 
 
-def _deviation(name: str, stack: DecoderStack, batch: Batch, *, bases: SemanticBases, norm: nn.Module) -> Deviation:
-    """The state deviation of that name; `semantic_loss` fits its temperature on the last space of this batch."""
+def _deviation(name: str, bases: SemanticBases) -> Deviation:
+    """The state deviation of that name."""
     if name == "cosine":
         return lambda states_ND, labels_N, bases_ND: cosine_deviation(states_ND, bases_ND)
     if name == "logit_lens":
         return lambda states_ND, labels_N, bases_ND: logit_lens_loss(states_ND, labels_N, bases.weight_VD)
-    if name != "semantic_loss":
-        raise ValueError(f"deviation is {name!r}; allowed are cosine, semantic_loss, logit_lens")
-    unit_bases_VD = F.normalize(bases.all(), dim=-1)
-    scored_BT = batch.targets != IGNORED
-    last: list[Tensor] = []
+    raise ValueError(f"deviation is {name!r}; allowed are cosine, logit_lens")
 
-    def reader(state: int, hidden_BTD: Tensor) -> None:
-        if state == stack.num_layers:
-            last.append(_read(norm, hidden_BTD[scored_BT]))
 
-    read_states(stack, input_ids=batch.input_ids, attention_mask=batch.attention_mask, reader=reader)
-    temperature = fit_temperature(last[0], batch.targets[scored_BT], unit_bases_VD)
-    return lambda states_ND, labels_N, bases_ND: semantic_loss(
-        states_ND, labels_N, unit_bases_VD, temperature=temperature
+def _head_loss(head: nn.Module, states_ND: Tensor, labels_N: Tensor, *, vocabulary: int) -> Tensor:
+    """Cross-entropy (nats) of the unembedding's own logits, (N,) float32: in its precision, a few tokens at a time."""
+    weight = next(head.parameters())
+    dtype = weight.dtype if weight.is_floating_point() else states_ND.dtype  # a 4-bit head is stored as integers
+    some = max(1, _LOGITS // vocabulary)
+    return torch.cat(
+        [
+            F.cross_entropy(head(states_nD.to(weight.device, dtype)).float(), labels_n, reduction="none")
+            for states_nD, labels_n in zip(states_ND.split(some), labels_N.to(weight.device).split(some), strict=True)
+        ]
     )
 
 

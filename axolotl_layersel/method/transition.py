@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _TINY = 1e-12  # keeps the direction of a zero vector defined; far below the norm of any latent state
+_VOCABULARY_BLOCK = 4_096  # vocabulary entries in one product with float32 states
 
 Deviation = Callable[[Tensor, Tensor, Tensor], Tensor]  # (states_ND, labels_N, bases_ND) -> (N,)
 
@@ -61,32 +62,16 @@ def transition_miss(factual_ND: Tensor, virtual_ND: Tensor) -> Tensor:
 
 
 def logit_lens_loss(states_ND: Tensor, labels_N: Tensor, weight_VD: Tensor) -> Tensor:
-    """Cross-entropy (nats) of softmax(W r): the logit-lens control that the cosine is compared with."""
-    return F.cross_entropy(states_ND @ weight_VD.T.to(states_ND), labels_N, reduction="none")
+    """Cross-entropy (nats) of softmax(W r), float32: the logit-lens control that the cosine is compared with.
 
-
-def semantic_loss(states_ND: Tensor, labels_N: Tensor, unit_bases_VD: Tensor, *, temperature: float) -> Tensor:
-    """Cross-entropy (nats) of softmax(cos(r, b_v) / temperature) over all bases.
-
-    The source gives no temperature; ours is fitted once on the last latent space (`fit_temperature`).
+    Neither W nor the logits are ever whole in float32: the log of the sum is gathered over blocks of the vocabulary.
     """
-    cosines_NV = F.normalize(states_ND, dim=-1, eps=_TINY) @ unit_bases_VD.T
-    return F.cross_entropy(cosines_NV / temperature, labels_N, reduction="none")
-
-
-def fit_temperature(states_ND: Tensor, labels_N: Tensor, unit_bases_VD: Tensor) -> float:
-    """The temperature in [1e-3, 10] that minimises the mean semantic loss, by golden section on its logarithm."""
-    low, high = np.log(1e-3), np.log(10.0)
-    ratio = (np.sqrt(5.0) - 1.0) / 2.0
-
-    def loss(log_temperature: float) -> float:
-        value = semantic_loss(states_ND, labels_N, unit_bases_VD, temperature=float(np.exp(log_temperature)))
-        return float(value.mean())
-
-    for _ in range(40):  # 0.618^40 of nine nats: below float32
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
-    return float(np.exp((low + high) / 2))
+    total_N = torch.full((len(labels_N),), -torch.inf, device=states_ND.device)
+    for block_CD in weight_VD.split(_VOCABULARY_BLOCK):
+        logits_NC = states_ND @ block_CD.to(states_ND).T
+        total_N = torch.logaddexp(total_N, logits_NC.logsumexp(dim=-1))
+    own_N = (states_ND * weight_VD[labels_N].to(states_ND)).sum(dim=-1)
+    return total_N - own_N
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from axolotl_layersel.plan import Plan
 
-UNITS = {"cosine": "1 - cosine", "semantic_loss": "semantic loss (nats)", "logit_lens": "logit lens (nats)"}
+UNITS = {"cosine": "1 - cosine", "logit_lens": "logit lens (nats)"}
 BAND_95 = 1.96  # standard errors
 TALLEST = 3.0  # in a chart of gains, a bar that exceeds the next one by this factor is cut off and labelled
 UNSTABLE = 0.5  # a cut that fewer of the resamples choose is called unstable

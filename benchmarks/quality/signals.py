@@ -25,9 +25,7 @@ from axolotl_layersel.method.label_semantics import semantic_bases
 from axolotl_layersel.method.transition import (
     cosine_deviation,
     factual_transition,
-    fit_temperature,
     logit_lens_loss,
-    semantic_loss,
     transition_deviation,
     transition_miss,
     virtual_transition,
@@ -58,10 +56,8 @@ def forward_signals(model: PreTrainedModel, rows: list[Row]) -> RowSums:
     layers, device = stack.num_layers, next(model.parameters()).device
     weight_VD = stack.head.weight.detach().float()
     bases = semantic_bases(weight_VD)
-    unit_bases_VD = F.normalize(bases.all(), dim=-1)
     norm = copy.deepcopy(stack.final_norm).float()
     sums = RowSums(len(rows))
-    temperature: list[float] = []
     labels = [torch.tensor(label) for _, label in rows]
     for batch in by_length(labels, 16):
         ids = pad([torch.tensor(rows[r][0]) for r in batch], 0).to(device)
@@ -77,18 +73,14 @@ def forward_signals(model: PreTrainedModel, rows: list[Row]) -> RowSums:
 
         read_states(stack, input_ids=ids, attention_mask=mask, reader=reader)
         normed = [norm(h_ND) for h_ND in seen]
-        if not temperature:
-            temperature.append(fit_temperature(normed[-1], labels_N, unit_bases_VD))
         sums.add("tokens", 0, 1, row_N, torch.ones(len(row_N)))
         for state in range(layers + 1):
             r_ND, h_ND = normed[state], seen[state]
             lens = logit_lens_loss(r_ND, labels_N, weight_VD)
-            semantic = semantic_loss(r_ND, labels_N, unit_bases_VD, temperature=temperature[0])
             for name, value in (
                 ("cosine", cosine_deviation(r_ND, bases_ND)),
                 ("cosine_without_norm", cosine_deviation(h_ND, bases_ND)),
                 ("logit_lens", lens),
-                ("semantic_loss", semantic),
             ):
                 sums.add(name, state, layers + 1, row_N, value)
             if state == layers:

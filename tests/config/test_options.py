@@ -17,7 +17,11 @@ from axolotl_layersel.method.score_layers import score_layers
         ({"coverage": 0}, "coverage\n  Input should be greater than 0"),
         ({"num_samples": 0}, "num_samples\n  Input should be greater than or equal to 1"),
         ({"max_tokens": -1}, "max_tokens\n"),
-        ({"deviation": "euclid"}, "deviation\n  Input should be 'cosine', 'semantic_loss' or 'logit_lens'"),
+        ({"deviation": "euclid"}, "deviation\n  Input should be 'cosine' or 'logit_lens'"),
+        (
+            {"deviation": "semantic_loss"},
+            "deviation is 'semantic_loss', which was removed: .*Remove the line",
+        ),
         ({"gain": "magic"}, "gain\n  Input should be"),
         ({"policy": "best"}, "policy\n  Input should be 'coverage', 'peak_gain' or 'budget'"),
         ({"budget": 1.5}, "budget is 1.5; allowed is a fraction of the layers in .0, 1. or a whole number"),

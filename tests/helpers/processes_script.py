@@ -92,7 +92,7 @@ def main() -> None:
     with processes.stopping_together():
         seen["main_only"] = processes.main_only(lambda: f"decided by {processes.rank}")
         for number in (7, 2):
-            for deviation in ("cosine", "semantic_loss"):
+            for deviation in ("cosine", "logit_lens"):
                 seen[f"{deviation}_{number}"] = scores(processes, number, deviation)
                 seen[f"{deviation}_{number}_alone"] = scores(Processes(), number, deviation)
     (out / f"{processes.rank}.json").write_text(json.dumps(seen), encoding="utf-8")

@@ -48,12 +48,12 @@ def test_nobody_waits_when_all_fail_at_different_places(three_processes: list[di
     assert {seen["fail_all"]["error"] for seen in three_processes} == {"ValueError: row 7 is not a row"}
 
 
-@pytest.mark.parametrize("deviation", ["cosine", "semantic_loss"])
+@pytest.mark.parametrize("deviation", ["cosine", "logit_lens"])
 @pytest.mark.parametrize("rows", [7, 2])
 def test_shares_of_any_size_give_the_one_process_scores(
     three_processes: list[dict[str, Any]], rows: int, deviation: str
 ) -> None:
-    """Seven rows are 3, 2 and 2; of two rows the last process gets none. The temperature is fitted on equal rows."""
+    """Seven rows are 3, 2 and 2; of two rows the last process gets none."""
     alone = three_processes[0][f"{deviation}_{rows}_alone"]
     for seen in three_processes:
         shared = seen[f"{deviation}_{rows}"]

@@ -32,11 +32,6 @@ def test_a_basis_gives_the_one_hot_logits_that_are_nearest() -> None:
     torch.testing.assert_close(basis, torch.tensor([-1 / 3, 1 / 3]))
 
 
-def test_all_bases_equal_the_bases_of_all_labels() -> None:
-    bases = semantic_bases(_weight(41, 6))
-    torch.testing.assert_close(bases.all(), bases.of(torch.arange(41)), rtol=0, atol=1e-7)
-
-
 def test_more_hidden_units_than_vocabulary_is_solved_by_the_ridge() -> None:
     weight_VD = _weight(5, 12)
     expected = torch.linalg.pinv(weight_VD.double()).T.float()
