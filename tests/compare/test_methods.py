@@ -237,7 +237,7 @@ def test_every_method_is_compared_with_the_run_s_own_which_comes_first() -> None
     choices = compare(model(), deviation="logit_lens", gain="drop", step_of_cut=[1.0, 0.9, 0.8, 0.7])
     assert choices[0].method == "logit_lens, drop"
     assert (choices[0].overlap, choices[0].rank_correlation) == (1.0, pytest.approx(1.0))
-    assert len(choices) == 3 * 3 + 7 + 3  # deviations x gains, rivals and controls, fixed shares
+    assert len(choices) == 2 * 3 + 7 + 3  # deviations x gains, rivals and controls, fixed shares
     assert len({c.method for c in choices}) == len(choices)
     for choice in choices:
         assert choice.first_trainable is not None and choice.skipped is None
