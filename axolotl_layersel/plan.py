@@ -1,23 +1,25 @@
 """The plan: which layers to train and why, as a value that can be saved, read, shared and applied.
 
-Computing a plan (`method/`) and applying it (`training/`, `integration/`) meet only here. The file is versioned
-JSON with a stable key order, written atomically; a reader never sees half of one.
+Computing a plan (`method/`, `cost/`) and applying it (`training/`, `integration/`) meet only here. The file is
+versioned JSON with a stable key order, written atomically; a reader never sees half of one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-SCHEMA_VERSION = 1
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+SCHEMA_VERSION = 2
 PLAN_FILE = "plan.json"
 PLAN_FOLDER = "layersel"
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # for a file that was edited by hand
 
 
 class PlanError(ValueError):
@@ -25,24 +27,94 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What scoring found. Lists are by decoder layer (L) or latent state (L + 1), input side first."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    deviation: list[float]  # L + 1
+    deviation_stderr: list[float]  # L + 1, rows as the independent units
+    weight: list[float]  # L, >= 0
+    gain: list[float]  # L, sum 1
+    retention: list[float]  # L; entry j: predicted share of the improvement when layers j..L-1 are trained
+    stability: dict[int, float]  # cut -> share of the bootstrap resamples that choose it
+    row_cuts: dict[int, int]  # cut -> number of single rows that would choose it
+    tokens: int  # scored tokens
+    loss: float | None = None  # cross-entropy before training, nats per token; no logit scale, no soft-cap
+    retention_low: list[float] | None = None  # L; lower end of a band around the retention
+    retention_high: list[float] | None = None  # L; upper end
+
+
+@dataclass(frozen=True)
+class CostOfCuts:
+    """Ratios to training every layer in the same mode, for every cut k = 0..L-1."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    forward: list[float]  # FLOPs
+    backward: list[float]  # FLOPs
+    step: list[float]  # FLOPs
+    saved_activation_bytes: list[float]
+    trainable_parameters: list[float]
+
+
+@dataclass(frozen=True)
+class StepAmounts:
+    """What one micro batch of the run takes, with the plan's cut."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    rows: int
+    positions: int
+    forward_flops: float
+    backward_flops: float
+    all_layers_backward_flops: float  # when every layer is trained
+    saved_activation_bytes: float
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a training step will cost; ratios are to training every layer in the same mode."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    forward: float  # FLOPs
+    backward: float  # FLOPs
+    step: float  # FLOPs
+    saved_activation_bytes: float
+    trainable_parameters: float  # and of the optimizer state, which is proportional to them
+    head_share: float  # share of this cut's step that the unembedding takes, whatever the cut
+    floor: float  # step ratio that no cut can go below
+    gradient_checkpointing: bool
+    why: str | None  # why nothing below the cut is saved, or None
+    per_cut: CostOfCuts
+    absolute: StepAmounts
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """The rows that were scored."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    rows: int
+    seed: int
+    dataset_fingerprint: str
+    tokenizer_fingerprint: str
+    datasets: list[str]  # their paths or names
+
+
+@dataclass(frozen=True)
 class Plan:
     """One choice of layers. What was not scored is None."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     base_model: str
-    adapter: str | None  # "lora", "qlora", or None for full fine-tuning
+    adapter: Literal["lora", "qlora"] | None  # None for full fine-tuning
     num_layers: int  # L
     first_trainable: int  # k: layers k..L-1 are trained
     created_by: dict[str, str] = field(default_factory=dict)  # package -> version
     revision: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # the `layersel:` block in force
-    deviation: dict[str, list[float]] | None = None  # mean and stderr, L+1 numbers each, by latent state
-    weight: list[float] | None = None  # L numbers >= 0
-    gain: list[float] | None = None  # L numbers, sum 1
-    retention: list[float] | None = None  # entry j: predicted share kept when layers j..L-1 are trained
-    stability: dict[str, float] | None = None  # cut -> share of bootstrap resamples that chose it
-    row_cuts: dict[str, int] | None = None  # cut -> number of single rows that would choose it
-    prediction: dict[str, Any] | None = None  # cost of the cut in the run's mode, as ratios to training every layer
-    sample: dict[str, Any] | None = None  # rows, tokens, seed, fingerprints
+    scores: Scores | None = None
+    prediction: Prediction | None = None
+    sample: ScoredSample | None = None
     config_updates: dict[str, Any] = field(default_factory=dict)  # the config keys that were written
     notes: list[str] = field(default_factory=list)  # what the user should know about this choice
     seconds: float | None = None  # spent on scoring
@@ -54,6 +126,11 @@ class Plan:
                 f"first_trainable is {self.first_trainable}; a model of {self.num_layers} decoder layers "
                 f"allows 0 to {self.num_layers - 1}"
             )
+        for part in (self.scores, self.prediction and self.prediction.per_cut):
+            for name, values in vars(part).items() if part is not None else ():
+                length = self.num_layers + (name in ("deviation", "deviation_stderr"))
+                if isinstance(values, list) and len(values) != length:
+                    raise PlanError(f"{name} has {len(values)} numbers; {self.num_layers} layers need {length}")
 
     @property
     def trainable_layers(self) -> list[int]:
@@ -89,21 +166,19 @@ class Plan:
             raise PlanError(f"{source} is not a plan: {error}. Score again to write a new one") from error
         if not isinstance(values, dict) or "schema_version" not in values:
             raise PlanError(f"{source} is not a plan: it has no schema_version. Give the path of a plan.json")
+        if values["schema_version"] == 1:
+            values = _from_version_1(values)
         if values["schema_version"] != SCHEMA_VERSION:
             raise PlanError(
-                f"{source} has schema_version {values['schema_version']!r}; this version reads {SCHEMA_VERSION}. "
+                f"{source} has schema_version {values['schema_version']!r}; this version reads 1 and {SCHEMA_VERSION}. "
                 "Score again, or install the version of axolotl-layersel that wrote it: "
                 f"{values.get('created_by', {})}"
             )
         listed = values.pop("trainable_layers", None)
-        known = {f.name for f in dataclasses.fields(cls)}
-        required = {"base_model", "adapter", "num_layers", "first_trainable"}
-        if unknown := sorted(set(values) - known):
-            raise PlanError(f"{source} has the unknown keys {unknown}; a plan has {sorted(known)}")
-        if missing := sorted(required - set(values)):
-            raise PlanError(f"{source} lacks the keys {missing}; it was cut off or edited. Score again")
-        _check_types(values, source)
-        plan = cls(**values)
+        try:
+            plan = TypeAdapter(cls).validate_json(json.dumps(values))
+        except ValidationError as error:
+            raise PlanError(f"{source} was cut off or edited: {_reasons(error)}. Score again") from error
         if listed != plan.trainable_layers:
             raise PlanError(
                 f"{source} was edited: trainable_layers is {listed}, but first_trainable {plan.first_trainable} of "
@@ -130,44 +205,39 @@ class Plan:
                 )
 
 
-def _check_types(values: dict[str, Any], source: str) -> None:
-    """Types and lengths of what a plan carries: a file may have been edited by hand."""
-
-    def refuse(name: str, allowed: str) -> None:
-        raise PlanError(f"{source}: {name} is {values.get(name)!r}; allowed is {allowed}. Score again")
-
-    for name in ("num_layers", "first_trainable"):
-        if not isinstance(values[name], int) or isinstance(values[name], bool):
-            refuse(name, "a whole number")
-    if not isinstance(values["base_model"], str):
-        refuse("base_model", "a string")
-    if values["adapter"] not in ("lora", "qlora", None):
-        refuse("adapter", '"lora", "qlora" or null')
-    for name in ("weight", "gain", "retention"):
-        numbers = values.get(name)
-        if numbers is not None and not _numbers(numbers, values["num_layers"]):
-            refuse(name, f"{values['num_layers']} finite numbers or null")
-    for name in ("created_by", "options", "config_updates"):
-        if not isinstance(values.get(name, {}), dict):
-            refuse(name, "a mapping")
-    for name in ("deviation", "stability", "row_cuts", "prediction", "sample"):
-        if not isinstance(values.get(name), dict | None):
-            refuse(name, "a mapping or null")
-    for name in ("stability", "row_cuts"):
-        cuts = values.get(name) or {}
-        if not all(cut.isdecimal() and _finite(share) for cut, share in cuts.items()):
-            refuse(name, "a number for each cut")
-    for name, numbers in (values.get("deviation") or {}).items():
-        if not _numbers(numbers, values["num_layers"] + 1):
-            raise PlanError(f"{source}: deviation {name} is not {values['num_layers'] + 1} finite numbers. Score again")
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a version 1 file as this version has them."""
+    values = {**values, "schema_version": SCHEMA_VERSION}
+    scored = {name: values.pop(name, None) for name in ("weight", "gain", "retention", "stability", "row_cuts")}
+    deviation, sample = values.pop("deviation", None), values.get("sample")
+    if isinstance(deviation, dict) and isinstance(sample, dict):
+        scored |= {"deviation": deviation.get("mean"), "deviation_stderr": deviation.get("stderr")}
+        values["scores"] = {**scored, "tokens": sample.get("tokens"), "loss": sample.get("loss")}
+        values["sample"] = {name: value for name, value in sample.items() if name not in ("tokens", "loss")}
+    if isinstance(prediction := values.get("prediction"), dict):
+        values["prediction"] = _without(prediction, "explanation", "optimizer_bytes")
+    return values
 
 
-def _numbers(values: Any, length: int) -> bool:
-    return isinstance(values, list) and len(values) == length and all(_finite(value) for value in values)
+def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The mapping without some keys, there and in mappings inside."""
+    return {
+        name: _without(value, *names) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in names
+    }
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _reasons(error: ValidationError) -> str:
+    """What is wrong, key by key."""
+    told = []
+    for entry in error.errors(include_url=False):
+        if entry["type"] == "value_error":  # our own
+            told.append(str(entry["ctx"]["error"]))
+            continue
+        got = "" if entry["type"] == "missing" else f", got {str(entry['input'])[:60]!r}"
+        told.append(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}{got}")
+    return "; ".join(told)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from axolotl_layersel.cost.cut_cost import CutCost, Mode, StepShape, cut_costs, explain
+from axolotl_layersel.cost.cut_cost import CutCost, Mode, StepShape, cut_costs
 from axolotl_layersel.model.decoder_stack import DecoderStack
+from axolotl_layersel.plan import CostOfCuts, Prediction, StepAmounts
 
-RATIOS = ("forward", "backward", "step", "saved_activation_bytes", "trainable_parameters", "optimizer_bytes")
+RATIOS = ("forward", "backward", "step", "saved_activation_bytes", "trainable_parameters")
 
 
 def mode_of(
@@ -70,8 +71,8 @@ def predict(
     shape: StepShape,
     autocast: torch.dtype | None,
     why: str | None,
-) -> dict[str, Any]:
-    """The plan's `prediction`: ratios to training every layer in the same mode, for the cut and for all cuts.
+) -> Prediction:
+    """Ratios to training every layer in the same mode, for the cut and for all cuts.
 
     Args:
         stack: of the bare model; a short forward pass of its own layers is run.
@@ -79,26 +80,24 @@ def predict(
     """
     costs = cut_costs(stack, mode=mode, shape=shape, autocast=autocast)
     chosen = costs[first_trainable]
-    return {
+    return Prediction(
         **{name: getattr(chosen, name) for name in RATIOS},
-        "head_share": chosen.head_share,
-        "floor": chosen.floor,
-        "gradient_checkpointing": mode.checkpointing,
-        "why": why,
-        "explanation": explain(chosen, num_layers=len(costs)),
-        "per_cut": {name: [getattr(cost, name) for cost in costs] for name in RATIOS},
-        "absolute": _absolute(chosen, shape),
-    }
+        head_share=chosen.head_share,
+        floor=chosen.floor,
+        gradient_checkpointing=mode.checkpointing,
+        why=why,
+        per_cut=CostOfCuts(**{name: [getattr(cost, name) for cost in costs] for name in RATIOS}),
+        absolute=_absolute(chosen, shape),
+    )
 
 
-def _absolute(chosen: CutCost, shape: StepShape) -> dict[str, float]:
-    return {
-        "rows": shape.batch,
-        "positions": shape.positions,
-        "forward_flops": chosen.cut.forward_flops,
-        "backward_flops": chosen.cut.backward_flops,
-        "all_layers_backward_flops": chosen.all_layers.backward_flops,
-        "saved_activation_bytes": chosen.cut.saved_activation_bytes,
-        "trainable_parameters": chosen.cut.trainable_parameters,
-        "optimizer_bytes": chosen.cut.optimizer_bytes,
-    }
+def _absolute(chosen: CutCost, shape: StepShape) -> StepAmounts:
+    return StepAmounts(
+        rows=shape.batch,
+        positions=shape.positions,
+        forward_flops=chosen.cut.forward_flops,
+        backward_flops=chosen.cut.backward_flops,
+        all_layers_backward_flops=chosen.all_layers.backward_flops,
+        saved_activation_bytes=chosen.cut.saved_activation_bytes,
+        trainable_parameters=chosen.cut.trainable_parameters,
+    )

@@ -110,7 +110,7 @@ def _keep_scores(path: Path, plan: Plan) -> None:
         earlier = read_plan(path)
     except PlanError:  # none, or nothing that could be read again
         return
-    if earlier.deviation is not None and plan.deviation is None:
+    if earlier.scores is not None and plan.scores is None:
         kept = path.with_name(SCORED_FILE)
         path.replace(kept)
         LOG.info("layersel: this cut was given, so nothing is scored; the scores of the earlier run are now %s", kept)

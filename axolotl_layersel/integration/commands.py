@@ -93,7 +93,7 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
         stack = find_stack(model)
         about["num_layers"] = stack.num_layers
         bare = Plan(base_model=cfg.base_model, adapter=cfg.adapter, num_layers=stack.num_layers, first_trainable=0)
-        prediction = apply.complete(cfg, model, bare, {}).prediction or {}
+        prediction = apply.complete(cfg, model, bare, {}).prediction
         with readiness.ready_to_run(model, stack):
             found[:] = compare_methods(
                 model,
@@ -104,7 +104,7 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
                 seed=seed,
                 batch_tokens=max(cfg.micro_batch_size or 1, 1) * cfg.sequence_len,
                 autocast=settings.autocast_of(cfg),
-                step_of_cut=prediction.get("per_cut", {}).get("step"),
+                step_of_cut=None if prediction is None else prediction.per_cut.step,
             )
 
     with _visiting(visit):

@@ -27,7 +27,7 @@ from axolotl_layersel.integration.runnable_model import check_whole, place, read
 from axolotl_layersel.method.calibration import Sample, draw_rows
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
-from axolotl_layersel.plan import Plan, PlanError, read_plan
+from axolotl_layersel.plan import Plan, PlanError, ScoredSample, read_plan
 from axolotl_layersel.report.table import Progress
 
 LOG = get_logger("axolotl.integrations.layersel")
@@ -159,7 +159,7 @@ def _scored_plan(
     place(model)
     share = len(range(processes.rank, len(sample.rows), processes.world_size))
     with ready_to_run(model, stack), Progress(share, enabled=processes.is_main) as progress:
-        scores = score_layers(
+        scored = score_layers(
             model,
             sample.rows,
             deviation=options.deviation,
@@ -178,16 +178,11 @@ def _scored_plan(
     plan = Plan(
         **_identity(cfg),
         num_layers=stack.num_layers,
-        first_trainable=scores.first_trainable,
+        first_trainable=scored.first_trainable,
         options=options.model_dump(),
-        deviation={"mean": scores.deviation, "stderr": scores.deviation_stderr},
-        weight=scores.weight,
-        gain=scores.gain,
-        retention=scores.retention,
-        stability={str(cut): share for cut, share in scores.stability.items()},
-        row_cuts={str(cut): count for cut, count in scores.row_cuts.items()},
-        sample=_describe(sample, cfg, scores.tokens, scores.loss),
-        notes=[*sample.notes, *scores.notes],
+        scores=scored.scores,
+        sample=_describe(sample, cfg),
+        notes=[*sample.notes, *scored.notes],
         seconds=round(time.perf_counter() - started, 3),
     )
     return processes.main_only(lambda: plan)
@@ -199,13 +194,11 @@ def _tokenizer_fingerprint(cfg: Any) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:12]
 
 
-def _describe(sample: Sample, cfg: Any, tokens: int, loss: float) -> dict[str, Any]:
-    return {
-        "rows": len(sample.rows),
-        "tokens": tokens,
-        "seed": seed_of(cfg),
-        "loss": loss,
-        "dataset_fingerprint": sample.fingerprint(),
-        "tokenizer_fingerprint": _tokenizer_fingerprint(cfg),
-        "datasets": [str(d.get("path")) for d in cfg.datasets or cfg.pretraining_dataset or []],
-    }
+def _describe(sample: Sample, cfg: Any) -> ScoredSample:
+    return ScoredSample(
+        rows=len(sample.rows),
+        seed=seed_of(cfg),
+        dataset_fingerprint=sample.fingerprint(),
+        tokenizer_fingerprint=_tokenizer_fingerprint(cfg),
+        datasets=[str(d.get("path")) for d in cfg.datasets or cfg.pretraining_dataset or []],
+    )

@@ -28,24 +28,17 @@ from axolotl_layersel.method.scoring_pass import Progress, measure
 from axolotl_layersel.method.transition import RowStatistics
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.latent_states import left_as_found
+from axolotl_layersel.plan import Scores
 
 Together = Callable[[Callable[[], RowStatistics]], list[RowStatistics]]  # do it everywhere, get everybody's result
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What one scoring pass found. Lists are by decoder layer (L) or latent state (L + 1), input side first."""
+class ScoredCut:
+    """The cut that the scores choose."""
 
     first_trainable: int  # k
-    deviation: list[float]  # L + 1
-    deviation_stderr: list[float]  # L + 1, rows as the independent units
-    weight: list[float]  # L, sum 1
-    gain: list[float]  # L, sum 1
-    retention: list[float]  # L, entry 0 is 1
-    stability: dict[int, float]  # cut -> share of bootstrap resamples
-    row_cuts: dict[int, int]  # cut -> number of single rows
-    tokens: int  # scored tokens
-    loss: float  # cross-entropy of the head's logits before training, nats per token; no logit scale, no soft-cap
+    scores: Scores
     notes: tuple[str, ...] = ()  # what the user should know about this choice
 
 
@@ -65,7 +58,7 @@ def score_layers(
     share: tuple[int, int] = (0, 1),
     together: Together = lambda work: [work()],
     progress: Progress = lambda rows, tokens: None,
-) -> Scores:
+) -> ScoredCut:
     """Score every decoder layer on `rows` and choose the suffix to train.
 
     Args:
@@ -115,8 +108,7 @@ def score_layers(
     single = selection.cuts_of(*curves(np.eye(num_rows)), choose)
     cut = choose(weight_L, retention_L)
     stability = {k: count / len(resampled) for k, count in selection.tally(resampled).items()}
-    return Scores(
-        first_trainable=cut,
+    scores = Scores(
         deviation=statistics.mean(statistics.deviation_RS).tolist(),
         deviation_stderr=statistics.stderr(statistics.deviation_RS).tolist(),
         weight=weight_L.tolist(),
@@ -126,8 +118,9 @@ def score_layers(
         row_cuts=selection.tally(single),
         tokens=int(statistics.tokens_R.sum()),
         loss=float(statistics.mean(statistics.loss_R[:, None])[0]),
-        notes=tuple(_doubts(cut, stability, retention_L=retention_L, coverage=coverage, policy=policy)),
     )
+    doubts = _doubts(cut, stability, retention_L=retention_L, coverage=coverage, policy=policy)
+    return ScoredCut(first_trainable=cut, scores=scores, notes=tuple(doubts))
 
 
 def _doubts(cut: int, stability: dict[int, float], *, retention_L: Any, coverage: float, policy: str) -> Iterator[str]:

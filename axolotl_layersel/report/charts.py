@@ -60,9 +60,9 @@ def charts(plan: Plan) -> list[str]:
 
 def deviation_chart(plan: Plan) -> str:
     """Deviation over latent states, with its 95 % band."""
-    if plan.deviation is None:
+    if plan.scores is None:
         return ""
-    mean, stderr = plan.deviation["mean"], plan.deviation.get("stderr") or [0.0] * (plan.num_layers + 1)
+    mean, stderr = plan.scores.deviation, plan.scores.deviation_stderr
     low = [m - BAND_95 * s for m, s in zip(mean, stderr, strict=True)]
     high = [m + BAND_95 * s for m, s in zip(mean, stderr, strict=True)]
     frame = _frame(0, plan.num_layers, [*low, *high], margin=0.02 * plan.num_layers)
@@ -87,17 +87,18 @@ def deviation_chart(plan: Plan) -> str:
 
 def gain_chart(plan: Plan) -> str:
     """Gain of every layer; a bar that hides all others is cut off and labelled."""
-    if plan.gain is None:
+    if plan.scores is None:
         return ""
-    ordered = sorted(plan.gain)
+    gain_L = plan.scores.gain
+    ordered = sorted(gain_L)
     clipped = plan.num_layers > 2 and ordered[-1] > TALLEST * ordered[-2] > 0
     top = 1.6 * ordered[-2] if clipped else ordered[-1]
     frame = _frame(0, plan.num_layers - 1, [0.0, top], margin=0.6 if plan.num_layers > 1 else 2.0, exact=True)
     marks = [
         _bar(frame, i, gain, f"layer {_state(plan, i)}", width=0.8, more=f' data-layer="{i}"')
-        for i, gain in enumerate(plan.gain)
+        for i, gain in enumerate(gain_L)
     ]
-    tallest = plan.gain.index(ordered[-1])
+    tallest = gain_L.index(ordered[-1])
     if clipped:
         right = tallest > plan.num_layers / 2
         at = round(frame.x(tallest - 0.4) - 6 if right else frame.x(tallest + 0.4) + 6, 2)
@@ -113,9 +114,9 @@ def gain_chart(plan: Plan) -> str:
 
 def chosen_chart(plan: Plan) -> str:
     """The cuts that single rows and bootstrap resamples would choose."""
-    rows, resamples = shares(plan.row_cuts), shares(plan.stability)
-    if not rows and not resamples:
+    if plan.scores is None:
         return ""
+    rows, resamples = shares(plan.scores.row_cuts), shares(plan.scores.stability)
     frame = _frame(0, plan.num_layers - 1, [0.0, *rows.values(), *resamples.values()], margin=0.6)
     marks = [_bar(frame, cut, share, "rows", width=0.84) for cut, share in rows.items()]
     for cut, share in resamples.items():
@@ -132,7 +133,7 @@ def chosen_chart(plan: Plan) -> str:
 def trade_chart(plan: Plan) -> str:
     """What every cut keeps and costs."""
     curves = (
-        ("kept", "improvement", plan.retention),
+        ("kept", "improvement", plan.scores.retention if plan.scores else None),
         ("step", "FLOPs", per_cut(plan, "step")),
         ("memory", "activation memory", per_cut(plan, "saved_activation_bytes")),
     )
@@ -152,7 +153,7 @@ def trade_chart(plan: Plan) -> str:
         f"{label} {values[plan.first_trainable]:.2f}" for _, label, values in known
     )
     chart = _svg(plan, frame, marks, cut_offset=0.0, x_label="first trainable layer", about=f"{about}.")
-    title = "What every cut keeps and costs" if plan.retention else "What every cut costs"
+    title = "What every cut keeps and costs" if plan.scores else "What every cut costs"
     return figure(title, legend=[(name, label) for name, label, _ in known], chart=chart)
 
 

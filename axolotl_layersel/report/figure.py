@@ -23,7 +23,6 @@ from axolotl_layersel.report.wording import (
     layer_range,
     mode_name,
     model_name,
-    number,
     per_cut,
     shares,
 )
@@ -103,10 +102,10 @@ def _panels(plan: Plan) -> list[Callable[[Axes, Plan], None]]:
     """The panels that the plan has numbers for; one layer leaves no cut to choose."""
     several = plan.num_layers > 1
     known = {
-        _deviation: plan.deviation is not None,
-        _gain: plan.gain is not None,
-        _chosen: several and bool(plan.row_cuts or plan.stability),
-        _trade: several and (plan.retention is not None or per_cut(plan, "step") is not None),
+        _deviation: plan.scores is not None,
+        _gain: plan.scores is not None,
+        _chosen: several and plan.scores is not None,
+        _trade: several and (plan.scores is not None or plan.prediction is not None),
     }
     return [panel for panel, drawn in known.items() if drawn]
 
@@ -116,10 +115,9 @@ def _head(plan: Plan, *, wide: bool) -> list[tuple[str, float, float, str, str]]
     k, count = plan.first_trainable, plan.num_layers
     chosen = f"Train {layer_range(k, count - 1)} ({count - k} of {count})"
     subject = ", ".join(part for part in (model_name(plan), mode_name(plan), dataset_name(plan)) if part)
-    step = number(plan.prediction, "step")
     known = (
-        f"{plan.retention[k]:.2f} of the improvement" if plan.retention else "",
-        f"{step:.2f} of the FLOPs of a step" if step is not None else "",
+        f"{plan.scores.retention[k]:.2f} of the improvement" if plan.scores else "",
+        f"{plan.prediction.step:.2f} of the FLOPs of a step" if plan.prediction else "",
     )
     predicted = ", at ".join(part for part in known if part)
     if predicted:
@@ -150,21 +148,20 @@ def _ground(axes: Axes, plan: Plan, *, first: float, cut: float, last: float) ->
 
 
 def _deviation(axes: Axes, plan: Plan) -> None:
-    assert plan.deviation is not None
-    mean, stderr = plan.deviation["mean"], plan.deviation.get("stderr")
+    assert plan.scores is not None
+    mean, stderr = plan.scores.deviation, plan.scores.deviation_stderr
     states = range(plan.num_layers + 1)
     k, last = plan.first_trainable, plan.num_layers
     _ground(axes, plan, first=-0.02 * last, cut=k, last=1.02 * last)
-    if stderr:
-        low = [m - BAND_95 * s for m, s in zip(mean, stderr, strict=True)]
-        high = [m + BAND_95 * s for m, s in zip(mean, stderr, strict=True)]
-        axes.fill_between(states, low, high, color=TRAINED, alpha=0.22, linewidth=0)
+    low = [m - BAND_95 * s for m, s in zip(mean, stderr, strict=True)]
+    high = [m + BAND_95 * s for m, s in zip(mean, stderr, strict=True)]
+    axes.fill_between(states, low, high, color=TRAINED, alpha=0.22, linewidth=0)
     marker = "o" if plan.num_layers <= 40 else ""
     axes.plot(states, mean, color=TRAINED, linewidth=2.4, marker=marker, markersize=4.5)
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom - 0.12 * (top - bottom), top)  # room for the words
     axes.set_title("Deviation from the label")
-    axes.set_xlabel("latent state (0: embeddings; band: 95 %)" if stderr else "latent state (0: embeddings)")
+    axes.set_xlabel("latent state (0: embeddings; band: 95 %)")
     axes.set_ylabel(UNITS.get(str(plan.options.get("deviation")), ""))
     _name_sides(axes, plan)
 
@@ -181,14 +178,14 @@ def _name_sides(axes: Axes, plan: Plan) -> None:
 
 
 def _gain(axes: Axes, plan: Plan) -> None:
-    assert plan.gain is not None
-    k, count = plan.first_trainable, plan.num_layers
+    assert plan.scores is not None
+    k, count, gain = plan.first_trainable, plan.num_layers, plan.scores.gain
     colours = [FROZEN if i < k else TRAINED for i in range(count)]
-    axes.bar(range(count), plan.gain, color=colours, width=0.8 if count > 1 else 0.2, zorder=2)
+    axes.bar(range(count), gain, color=colours, width=0.8 if count > 1 else 0.2, zorder=2)
     _ground(axes, plan, first=-0.6, cut=k - 0.5, last=count - 0.4)
-    ordered = sorted(plan.gain)
+    ordered = sorted(gain)
     if count > 2 and ordered[-1] > TALLEST * ordered[-2] > 0:  # the last layer often hides all others
-        tallest, top = plan.gain.index(ordered[-1]), 1.7 * ordered[-2]
+        tallest, top = gain.index(ordered[-1]), 1.7 * ordered[-2]
         axes.set_ylim(0, top)
         right = tallest > count / 2
         edge = tallest - 0.4 if right else tallest + 0.4
@@ -214,7 +211,8 @@ def _gain(axes: Axes, plan: Plan) -> None:
 
 def _chosen(axes: Axes, plan: Plan) -> None:
     k, count = plan.first_trainable, plan.num_layers
-    rows, resamples = shares(plan.row_cuts), shares(plan.stability)
+    assert plan.scores is not None
+    rows, resamples = shares(plan.scores.row_cuts), shares(plan.scores.stability)
     _ground(axes, plan, first=-0.6, cut=k - 0.5, last=count - 0.4)
     if rows:
         axes.bar(list(rows), list(rows.values()), width=0.84, color=ROWS, label="single rows", zorder=2)
@@ -231,7 +229,7 @@ def _trade(axes: Axes, plan: Plan) -> None:
     k, cuts = plan.first_trainable, range(plan.num_layers)
     _ground(axes, plan, first=-0.6, cut=k, last=plan.num_layers - 0.4)
     curves = (
-        (plan.retention, "improvement", TRAINED, "-"),
+        (plan.scores.retention if plan.scores else None, "improvement", TRAINED, "-"),
         (per_cut(plan, "step"), "FLOPs", STEP, (0, (4, 1.5))),
         (per_cut(plan, "saved_activation_bytes"), "activation memory", MEMORY, (0, (1, 1))),
     )
@@ -240,7 +238,7 @@ def _trade(axes: Axes, plan: Plan) -> None:
             axes.plot(cuts, values, color=colour, linestyle=dashes, linewidth=2.6, label=label, zorder=3)
             axes.plot([k], [values[k]], "o", color=colour, markersize=9, markeredgecolor="white", zorder=5)
     axes.set_ylim(0, 1.05)
-    axes.set_title("What every cut keeps and costs" if plan.retention else "What every cut costs", pad=26)
+    axes.set_title("What every cut keeps and costs" if plan.scores else "What every cut costs", pad=26)
     axes.set_xlabel("first trainable layer")
     axes.set_ylabel("of training all layers")
     _legend(axes)

@@ -40,11 +40,10 @@ def model_card_section(plan: Plan) -> str:
         f"- Cut: {lines['cut']}",
         f"- Predicted cost: {lines['predicted']}",
     ]
-    if plan.retention is not None and plan.gain is not None and plan.deviation is not None:
+    if plan.scores is not None:
         text += ["", "| layer | deviation | gain | kept from here | |", "|--:|--:|--:|--:|:--|"]
-        for i, (after, gain, kept) in enumerate(
-            zip(plan.deviation["mean"][1:], plan.gain, plan.retention, strict=True)
-        ):
+        scores = plan.scores
+        for i, (after, gain, kept) in enumerate(zip(scores.deviation[1:], scores.gain, scores.retention, strict=True)):
             state = "trained" if i >= plan.first_trainable else "frozen"
             text.append(f"| {i} | {after:.3f} | {gain:.3f} | {kept:.3f} | {state} |")
         text += [
@@ -58,10 +57,10 @@ def model_card_section(plan: Plan) -> str:
 
 
 def _sample(plan: Plan) -> str:
-    sample = plan.sample or {}
-    size = f"{sample['rows']} rows with {sample['tokens']} scored tokens" if {"rows", "tokens"} <= set(sample) else ""
     data = _code(dataset_name(plan)) if dataset_name(plan) else "the training data"
-    return f"{size} of {data}" if size else data
+    if plan.sample is None or plan.scores is None:
+        return data
+    return f"{plan.sample.rows} rows with {plan.scores.tokens} scored tokens of {data}"
 
 
 def _escaped(text: str) -> str:

@@ -8,6 +8,7 @@ allows no connection and no script or style but the two whose hashes it names.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import math
@@ -28,7 +29,6 @@ from axolotl_layersel.report.wording import (
     mode_name,
     model_name,
     notes,
-    number,
     per_cut,
     printable,
     recipe,
@@ -127,7 +127,7 @@ def _json(values: Any) -> str:
 
 def _curves(plan: Plan) -> dict[str, list[float]]:
     """What is known of every cut, by name; the order of `CURVES`."""
-    known = {name: plan.retention if name == "retention" else per_cut(plan, name) for name in CURVES}
+    known = {name: per_cut(plan, name) for name in CURVES}
     return {name: values for name, values in known.items() if values is not None}
 
 
@@ -185,35 +185,32 @@ def _explorer(plan: Plan) -> str:
 
 def _basis(plan: Plan) -> str:
     """What the numbers are ratios of, and in which mode."""
-    prediction = plan.prediction or {}
-    checkpointing = prediction.get("gradient_checkpointing")
-    mode = "" if checkpointing is None else f" {'with' if checkpointing else 'without'} gradient checkpointing"
     if not _curves(plan):
         return "No cost is known for this plan."
-    told = [f"Predicted ratios to training every layer, {mode_name(plan)}{mode}."]
-    rows, positions = (number(prediction.get("absolute"), name) for name in ("rows", "positions"))
-    if rows and positions:
-        told.append(f"Amounts are for a micro batch of {rows:.0f} x {positions:.0f} tokens.")
-    floor = number(prediction, "floor")
-    if floor is not None:
-        told.append(f"No cut brings a step below {floor:.2f} of the FLOPs.")
-    why = prediction.get("why")
-    return " ".join([*told, printable(why)] if why else told)
+    if plan.prediction is None:
+        return f"Predicted ratios to training every layer, {mode_name(plan)}."
+    mode = f"{'with' if plan.prediction.gradient_checkpointing else 'without'} gradient checkpointing"
+    size = plan.prediction.absolute
+    return (
+        f"Predicted ratios to training every layer, {mode_name(plan)} {mode}. Amounts are for a micro batch of "
+        f"{size.rows} x {size.positions} tokens. No cut brings a step below {plan.prediction.floor:.2f} of the FLOPs. "
+        f"{printable(plan.prediction.why or '')}"
+    ).rstrip()
 
 
 def _table(plan: Plan) -> str:
     """Layer by layer; nothing where the layers do not differ."""
-    if plan.retention is None or plan.gain is None or plan.deviation is None:
+    if plan.scores is None:
         return ""
-    deviation = plan.deviation["mean"][1:]
+    deviation, gains = plan.scores.deviation[1:], plan.scores.gain
     rows = []
-    for i, (after, gain, kept) in enumerate(zip(deviation, plan.gain, plan.retention, strict=True)):
+    for i, (after, gain, kept) in enumerate(zip(deviation, gains, plan.scores.retention, strict=True)):
         state = "trained" if i >= plan.first_trainable else "frozen"
         row = f"{state} cut" if i == plan.first_trainable and i else state
         rows.append(
             f'<tr class="{row}"><th scope="row">{i}</th>'
             f'<td>{after:.3f}</td><td class="bar">{bar(after, of=max(deviation), name=state)}</td>'
-            f'<td>{gain:.3f}</td><td class="bar">{bar(gain, of=max(plan.gain), name=state)}</td>'
+            f'<td>{gain:.3f}</td><td class="bar">{bar(gain, of=max(gains), name=state)}</td>'
             f"<td>{kept:.3f}</td><td>{state}</td></tr>"
         )
     return (
@@ -228,8 +225,12 @@ def _table(plan: Plan) -> str:
 
 def _origin(plan: Plan) -> str:
     """The options in force, the sample, and the versions."""
-    scoring = {} if plan.seconds is None else {"scoring": f"{plan.seconds:.1f} s"}
-    parts = (("How it was scored", {**plan.options, **(plan.sample or {}), **scoring}), ("Versions", plan.created_by))
+    scoring: dict[str, Any] = {} if plan.sample is None else dataclasses.asdict(plan.sample)
+    if plan.scores is not None:
+        scoring |= {"tokens": plan.scores.tokens, "loss": plan.scores.loss}
+    if plan.seconds is not None:
+        scoring["scoring"] = f"{plan.seconds:.1f} s"
+    parts = (("How it was scored", {**plan.options, **scoring}), ("Versions", plan.created_by))
     return "".join(f"<h2>{title}</h2>{_list(values.items())}" for title, values in parts if values)
 
 

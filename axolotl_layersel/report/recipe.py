@@ -103,10 +103,9 @@ def _header(plan: Plan, *, plain: bool) -> list[str]:
     k, last = plan.first_trainable, plan.num_layers - 1
     frozen = f"; {layer_range(0, k - 1)} {'is' if k == 1 else 'are'} frozen" if k else ""
     lines = [f"{model_name(plan)}: {mode_name(plan)} of {layer_range(k, last)} of {plan.num_layers}{frozen}."]
-    sample = plan.sample or {}
-    if {"rows", "tokens"} <= set(sample):
+    if plan.sample is not None and plan.scores is not None:
         of_data = f" of {dataset_name(plan)}" if dataset_name(plan) else ""
-        lines.append(f"Chosen by layersel from {sample['rows']} rows ({sample['tokens']} scored tokens){of_data}.")
+        lines.append(f"Chosen by layersel from {plan.sample.rows} rows ({plan.scores.tokens} scored tokens){of_data}.")
     if versions := [f"{name} {v}" for name, v in plan.created_by.items() if name in ("axolotl_layersel", "axolotl")]:
         lines.append(f"Made with {', '.join(versions)}.")
     lines.append("")

@@ -83,14 +83,14 @@ class StepTimer(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
         ratio = backward / forward
         measured = {"forward_seconds": forward, "backward_seconds": backward, "backward_per_forward": ratio}
         said = f"measured over {len(self.forward)} passes: forward {forward:.4f} s, backward {backward:.4f} s"
-        prediction = self.plan.prediction or {}
-        if absolute := prediction.get("absolute"):
-            predicted = absolute["backward_flops"] / absolute["forward_flops"]
-            every = absolute["all_layers_backward_flops"] / absolute["forward_flops"]
+        if prediction := self.plan.prediction:
+            absolute = prediction.absolute
+            predicted = absolute.backward_flops / absolute.forward_flops
+            every = absolute.all_layers_backward_flops / absolute.forward_flops
             measured["step"] = (1 + ratio) / (1 + every)
             said += (
                 f"; backward / forward {ratio:.2f}, predicted {predicted:.2f} ({every:.2f} for all layers); "
-                f"step against all layers {measured['step']:.2f}, predicted {prediction['step']:.2f}"
+                f"step against all layers {measured['step']:.2f}, predicted {prediction.step:.2f}"
             )
         LOG.info("layersel: %s", said)
         log_measured(self.trainer, measured)

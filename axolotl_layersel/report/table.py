@@ -46,7 +46,7 @@ def table(plan: Plan) -> RenderableType:
 def _layers(plan: Plan) -> Table:
     layers = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     layers.add_column("layer", justify="right", no_wrap=True)
-    if plan.retention is None or plan.gain is None or plan.deviation is None:  # nothing differs from layer to layer
+    if plan.scores is None:  # nothing differs from layer to layer
         layers.add_column("")
         if plan.first_trainable:
             layers.add_row(_range(0, plan.first_trainable - 1), "frozen", style="dim")
@@ -56,7 +56,7 @@ def _layers(plan: Plan) -> Table:
     layers.add_column("gain", no_wrap=True)
     layers.add_column("kept from here", justify="right", no_wrap=True)
     layers.add_column("", no_wrap=True)
-    deviation = plan.deviation["mean"][1:]
+    deviation, gain = plan.scores.deviation[1:], plan.scores.gain
     for i in range(plan.num_layers):
         trained = i >= plan.first_trainable
         if i == plan.first_trainable and i:
@@ -64,8 +64,8 @@ def _layers(plan: Plan) -> Table:
         layers.add_row(
             str(i),
             Bar(deviation[i], of=max(deviation)),
-            Bar(plan.gain[i], of=max(plan.gain)),
-            f"{plan.retention[i]:.3f}",
+            Bar(gain[i], of=max(gain)),
+            f"{plan.scores.retention[i]:.3f}",
             "trained" if trained else "frozen",
             style="" if trained else "dim",
         )

@@ -18,7 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from axolotl_layersel.plan import PLAN_FILE, Plan
 from axolotl_layersel.report.model_card import model_card_section
-from axolotl_layersel.report.wording import COSTS, number, shares
+from axolotl_layersel.report.wording import COSTS, shares
 
 LOG = logging.getLogger("axolotl.integrations.layersel")
 
@@ -95,21 +95,19 @@ def _main_values(plan: Plan) -> dict[str, float]:
         "trained_layers": float(plan.num_layers - k),
         "num_layers": float(plan.num_layers),
         "scoring_seconds": plan.seconds,
-        "predicted/retention": plan.retention[k] if plan.retention else None,
-        "stability": shares(plan.stability).get(k, 0.0) if plan.stability else None,
-        **{f"predicted/{name}": number(plan.prediction, name) for name in ("forward", *COSTS)},
+        "predicted/retention": plan.scores.retention[k] if plan.scores else None,
+        "stability": shares(plan.scores.stability).get(k, 0.0) if plan.scores else None,
+        **{f"predicted/{name}": getattr(plan.prediction, name, None) for name in ("forward", *COSTS)},
     }
     return {f"layersel/{name}": value for name, value in main.items() if value is not None}
 
 
 def _curves(plan: Plan) -> Iterator[tuple[str, str, list[float]]]:
     """Name, what the places are, and values by place."""
-    if plan.deviation is not None:
-        yield "deviation", "state", plan.deviation["mean"]
-    for name in ("weight", "gain", "retention"):
-        curve = getattr(plan, name)
-        if curve is not None:
-            yield name, "layer", curve
+    if plan.scores is not None:
+        yield "deviation", "state", plan.scores.deviation
+        for name in ("weight", "gain", "retention"):
+            yield name, "layer", getattr(plan.scores, name)
 
 
 def _options(plan: Plan) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """What a plan says, in words and in numbers: shared by the table, the figures, the page, the card and the trackers.
 
 Everything is made from the `Plan` alone and stays useful where parts of it are missing: a cut that was given by hand
-has no scores, and a prediction may lack a number. Plans are shared as files, so every text that comes out of one here
+has no scores. Plans are shared as files, so every text that comes out of one here
 has its control characters removed: it can be printed on a terminal. Sentences of our own are ASCII.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from axolotl_layersel.plan import Plan
@@ -25,8 +24,7 @@ COSTS = {  # what a prediction holds -> what people call it
     "step": "FLOPs of a step",
     "backward": "FLOPs of its backward pass",
     "saved_activation_bytes": "activation memory",
-    "trainable_parameters": "trainable parameters",
-    "optimizer_bytes": "optimizer state",
+    "trainable_parameters": "trainable parameters and optimizer state",
 }
 
 
@@ -35,28 +33,17 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
-def number(values: Any, name: str) -> float | None:
-    """The finite number of that name in a mapping, or None where there is none."""
-    value = values.get(name) if isinstance(values, Mapping) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
 def per_cut(plan: Plan, name: str) -> list[float] | None:
-    """A predicted cost of every cut 0..L-1 as ratios to training every layer, or None where it is not known."""
-    cuts = (plan.prediction or {}).get("per_cut")
-    values = cuts.get(name) if isinstance(cuts, Mapping) else None
-    if not isinstance(values, Sequence) or len(values) != plan.num_layers:
-        return None
-    numbers = [number({"": value}, "") for value in values]
-    return [n for n in numbers if n is not None] if None not in numbers else None
+    """The retention or a predicted cost of every cut 0..L-1, relative to training every layer; None if not known."""
+    part = plan.scores if name == "retention" else plan.prediction and plan.prediction.per_cut
+    return None if part is None else list(getattr(part, name))
 
 
 def every_layer(plan: Plan, name: str) -> float | None:
     """The amount of a cost (bytes, a number of parameters) when every layer is trained, or None."""
-    amount, ratio = number((plan.prediction or {}).get("absolute"), name), number(plan.prediction, name)
-    return amount / ratio if amount is not None and ratio else None
+    if plan.prediction is None or not getattr(plan.prediction, name):
+        return None
+    return float(getattr(plan.prediction.absolute, name) / getattr(plan.prediction, name))
 
 
 def shares(counts: Mapping[Any, float] | None) -> dict[int, float]:
@@ -77,8 +64,7 @@ def model_name(plan: Plan) -> str:
 
 def dataset_name(plan: Plan) -> str:
     """The data that the layers were scored on, or an empty string; for a file on this machine, its last part."""
-    paths = (plan.sample or {}).get("datasets")
-    return ", ".join(_without_place(path) for path in paths) if isinstance(paths, list) else ""
+    return ", ".join(_without_place(path) for path in plan.sample.datasets) if plan.sample else ""
 
 
 def _without_place(path: object) -> str:
@@ -114,12 +100,13 @@ def recipe(plan: Plan) -> str:
 
 def _cut(plan: Plan) -> str:
     k, last = plan.first_trainable, plan.num_layers - 1
-    if plan.retention is None:
+    if plan.scores is None:
         return f"first trainable layer {k} of 0 to {last}; given, nothing was scored."
     policy = plan.options.get("policy")
     by = f", by {policy}" + (f" {plan.options.get('coverage')}" if policy == "coverage" else "") if policy else ""
-    text = f"first trainable layer {k} of 0 to {last}{by}; predicted to keep {plan.retention[k]:.3f} of the improvement"
-    resampled = shares(plan.stability)
+    text = f"first trainable layer {k} of 0 to {last}{by}; predicted to keep "
+    text += f"{plan.scores.retention[k]:.3f} of the improvement"
+    resampled = shares(plan.scores.stability)
     if not resampled:
         return f"{text}."
     own = resampled.pop(k, 0.0)
@@ -140,11 +127,9 @@ def _trained(plan: Plan) -> str:
 
 
 def _predicted(plan: Plan) -> str:
-    why = (plan.prediction or {}).get("why")
-    known = [(label, number(plan.prediction, name)) for name, label in COSTS.items()]
-    told = ", ".join(f"{label} {value:.2f}" for label, value in known if value is not None)
-    if not told:
-        return str(why) if why else "no cost is known for this plan."
-    checkpointing = (plan.prediction or {}).get("gradient_checkpointing")
-    mode = "" if checkpointing is None else f", {'with' if checkpointing else 'without'} gradient checkpointing"
-    return f"{told} of training every layer{mode}." + (f" {why}" if why else "")
+    if plan.prediction is None:
+        return "no cost is known for this plan."
+    told = ", ".join(f"{label} {getattr(plan.prediction, name):.2f}" for name, label in COSTS.items())
+    mode = f"{'with' if plan.prediction.gradient_checkpointing else 'without'} gradient checkpointing"
+    why = f" {plan.prediction.why}" if plan.prediction.why else ""
+    return f"{told} of training every layer, {mode}.{why}"

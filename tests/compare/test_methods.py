@@ -258,10 +258,10 @@ def test_the_run_s_own_row_is_what_a_run_would_choose() -> None:
     from axolotl_layersel.method.score_layers import score_layers
 
     network = model()
-    scores = score_layers(network, rows(), gain="remaining", coverage=0.8)
+    scored = score_layers(network, rows(), gain="remaining", coverage=0.8)
     own = compare(network, rule=Rule("coverage", 0.8, 1.0, 1))[0]
-    assert own.first_trainable == scores.first_trainable
-    np.testing.assert_allclose(own.weight, scores.weight, rtol=1e-9)
+    assert own.first_trainable == scored.first_trainable
+    np.testing.assert_allclose(own.weight, scored.scores.weight, rtol=1e-9)
 
 
 def test_fixed_shares_train_a_quarter_half_and_three_quarters() -> None:

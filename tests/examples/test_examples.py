@@ -67,7 +67,7 @@ def test_a_stand_in_trains_two_steps_of_exactly_the_plan_s_layers(name: str, res
     assert plan["num_layers"] == NUM_LAYERS
     assert results[name]["layers"] == plan["trainable_layers"]
     assert results[name]["steps"] == 2
-    scored = plan["retention"] is not None
+    scored = plan["scores"] is not None
     assert scored == (name not in ("mistral-7b-dpo-lora", "llama-3.1-8b-lora-fsdp2"))
 
 

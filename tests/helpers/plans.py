@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from axolotl_layersel.method import gain as gains
-from axolotl_layersel.plan import Plan
+from axolotl_layersel.plan import CostOfCuts, Plan, Prediction, ScoredSample, Scores, StepAmounts
 
 
-def scored_plan(*, num_layers: int = 12, first_trainable: int | None = None, **overrides: Any) -> Plan:
-    """A plan as scoring leaves it: a falling deviation, the package's own gains, costs that fall with the cut."""
+def scored_plan(
+    *, num_layers: int = 12, first_trainable: int | None = None, scores: dict[str, Any] | None = None, **overrides: Any
+) -> Plan:
+    """A plan as scoring leaves it: a falling deviation, the package's own gains, costs that fall with the cut.
+
+    Args:
+        scores: what is different in `Plan.scores`.
+    """
     depth = np.linspace(0.0, 1.0, num_layers + 1)
     deviation_S = 0.97 - 0.1 * (depth > 0) - 0.35 * depth**2 + 0.02 * np.sin(9 * depth)
     weight_L = gains.layer_weights("remaining", deviation_S=deviation_S, miss_L=np.ones(num_layers))
@@ -27,45 +34,63 @@ def scored_plan(*, num_layers: int = 12, first_trainable: int | None = None, **o
         "first_trainable": k,
         "created_by": {"axolotl_layersel": "0.1.0", "torch": "2.13.0"},
         "options": {"policy": "coverage", "coverage": 0.95, "gain": "remaining", "deviation": "cosine"},
-        "deviation": {"mean": deviation_S.tolist(), "stderr": (0.004 + 0.012 * depth).tolist()},
-        "weight": weight_L.tolist(),
-        "gain": gains.marginal_gain(retention_L).tolist(),
-        "retention": retention_L.tolist(),
-        "stability": {str(cut): share / math.fsum(shares) for cut, share in zip(near, shares, strict=True)},
-        "row_cuts": {str(cut): 1 + round(60 * math.exp(-(((cut - k) / 2) ** 2))) for cut in range(num_layers)},
+        "scores": replace(
+            Scores(
+                deviation=deviation_S.tolist(),
+                deviation_stderr=(0.004 + 0.012 * depth).tolist(),
+                weight=weight_L.tolist(),
+                gain=gains.marginal_gain(retention_L).tolist(),
+                retention=retention_L.tolist(),
+                stability={cut: share / math.fsum(shares) for cut, share in zip(near, shares, strict=True)},
+                row_cuts={cut: 1 + round(60 * math.exp(-(((cut - k) / 2) ** 2))) for cut in range(num_layers)},
+                tokens=23_456,
+                loss=2.5,
+            ),
+            **(scores or {}),
+        ),
         "prediction": prediction(num_layers=num_layers, first_trainable=k),
-        "sample": {"rows": 128, "tokens": 23_456, "seed": 42, "datasets": ["yahma/alpaca-cleaned"]},
+        "sample": sample("yahma/alpaca-cleaned"),
         "notes": [],
         "seconds": 21.5,
     }
     return Plan(**{**values, **overrides})
 
 
-def prediction(*, num_layers: int, first_trainable: int) -> dict[str, Any]:
+def sample(*datasets: str) -> ScoredSample:
+    """128 rows of these data sets."""
+    return ScoredSample(
+        128, seed=42, dataset_fingerprint="d" * 12, tokenizer_fingerprint="t" * 12, datasets=[*datasets]
+    )
+
+
+def prediction(*, num_layers: int, first_trainable: int, why: str | None = None) -> Prediction:
     """Costs as ratios to training every layer, for the chosen cut and for every cut."""
     left = [1 - cut / num_layers for cut in range(num_layers)]
     curves = {
+        "forward": [1.0] * num_layers,
         "step": [0.46 + 0.54 * share for share in left],
         "backward": [0.12 + 0.88 * share for share in left],
         "saved_activation_bytes": [0.08 + 0.92 * share for share in left],
         "trainable_parameters": left,
     }
-    return {
-        "forward": 1.0,
-        **{name: curve[first_trainable] for name, curve in curves.items()},
-        "optimizer_bytes": left[first_trainable],
-        "head_share": 0.1,
-        "floor": 0.46,
-        "absolute": {
-            "rows": 2,
-            "positions": 2048,
-            "saved_activation_bytes": 1.5e9 * curves["saved_activation_bytes"][first_trainable],
-            "trainable_parameters": 4_884_480 * left[first_trainable],
-        },
-        "gradient_checkpointing": True,
-        "per_cut": curves,
-        "why": None,
-    }
+    chosen = {name: curve[first_trainable] for name, curve in curves.items()}
+    return Prediction(
+        **chosen,
+        head_share=0.1,
+        floor=0.46,
+        gradient_checkpointing=True,
+        why=why,
+        per_cut=CostOfCuts(**curves),
+        absolute=StepAmounts(
+            rows=2,
+            positions=2048,
+            forward_flops=1e12,
+            backward_flops=2e12 * chosen["backward"],
+            all_layers_backward_flops=2e12,
+            saved_activation_bytes=1.5e9 * chosen["saved_activation_bytes"],
+            trainable_parameters=round(4_884_480 * chosen["trainable_parameters"]),
+        ),
+    )
 
 
 def given_plan(*, num_layers: int = 12, first_trainable: int = 5, **overrides: Any) -> Plan:

@@ -38,7 +38,8 @@ def scores(processes: Processes, number: int, deviation: str) -> dict[str, Any]:
         share=(processes.rank, processes.world_size),
         together=processes.together,
     )
-    return {"cut": found.first_trainable, "deviation": found.deviation, "tokens": found.tokens, "gain": found.gain}
+    scores = found.scores
+    return {"cut": found.first_trainable, "deviation": scores.deviation, "tokens": scores.tokens, "gain": scores.gain}
 
 
 def refuse() -> None:

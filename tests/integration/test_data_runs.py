@@ -72,7 +72,7 @@ def test_a_run_trains_the_plan_s_layers_and_stops_at_the_cut(name: str, runs: di
     assert result["layers"] == plan["trainable_layers"]
     assert f"proved in the first step: the backward pass stops at layer {plan['first_trainable']}" in result["log"]
     if name in ("images-lora", "images-full"):
-        assert plan["trainable_layers"] == [2, 3] and plan["deviation"] is None
+        assert plan["trainable_layers"] == [2, 3] and plan["scores"] is None
     else:
         assert plan["first_trainable"] > 0 and plan["sample"]["rows"] == 8
 

@@ -39,6 +39,6 @@ def test_zero_trains_the_suffix_and_stops_at_the_cut(tmp_path: Path, stage: int,
     command = train_command(config, launcher="torchrun")
     run = start(command, tmp_path / "log", env={"DS_ACCELERATOR": "cpu"}).finish(timeout=300).check()
     plan = plan_of(tmp_path / "out")
-    assert (plan["deviation"] is None) == (stage == 3)
+    assert (plan["scores"] is None) == (stage == 3)
     assert f"proved in the first step: the backward pass stops at layer {plan['first_trainable']}" in run.log
     assert len(run.losses) == 4

@@ -153,12 +153,12 @@ def test_a_saved_plan_and_a_cut_by_hand_score_nothing(tmp_path: Path, run_inputs
     first = _run(tmp_path / "a", run_inputs, max_steps=1)
     again = _run(tmp_path / "b", run_inputs, max_steps=1, layersel={"plan": str(first.out)})
     assert again.plan["first_trainable"] == first.plan["first_trainable"]
-    assert again.plan["deviation"] == first.plan["deviation"]
+    assert again.plan["scores"] == first.plan["scores"]
     scored = first.plan
     by_hand = _run(tmp_path / "a", run_inputs, max_steps=1, layersel={"first_layer": 4})
     assert by_hand.out == first.out
     assert by_hand.plan["trainable_layers"] == [4, 5]
-    assert by_hand.plan["deviation"] is None
+    assert by_hand.plan["scores"] is None
     assert json.loads((first.out / "layersel" / "plan.scored.json").read_text(encoding="utf-8")) == scored
 
 

@@ -86,7 +86,7 @@ def test_a_block_and_a_data_set_end_in_a_plan_or_in_one_paragraph(
             sequence_len=10,
         )
         chosen = options.model_dump(include={"deviation", "gain", "policy", "coverage", "budget", "min_layers"})
-        scores = score_layers(MODEL, sample.rows, seed=seed, **chosen)
+        scored = score_layers(MODEL, sample.rows, seed=seed, **chosen)
     except ValueError as error:
         assert isinstance(error, CalibrationError) or str(error).startswith(("budget is", "min_layers is"))
         assert "\n" not in str(error)
@@ -95,11 +95,9 @@ def test_a_block_and_a_data_set_end_in_a_plan_or_in_one_paragraph(
         base_model="tiny",
         adapter=None,
         num_layers=5,
-        first_trainable=scores.first_trainable,
+        first_trainable=scored.first_trainable,
         options=options.model_dump(),
-        weight=scores.weight,
-        gain=scores.gain,
-        retention=scores.retention,
+        scores=scored.scores,
     )
     assert Plan.from_json(plan.to_json(), source="itself") == plan
     trained = len(plan.trainable_layers)

@@ -217,7 +217,7 @@ def test_a_run_scores_trains_the_plan_s_layers_and_stops_at_the_cut(name: str, r
     plan = result["plan"]
     assert plan["adapter"] == ("lora" if mode == "lora" else None)
     assert plan["sample"]["rows"] == (12 if rl == "kto" else 16), "KTO: every other completion is undesirable"
-    assert plan["deviation"] is not None and 0 < plan["first_trainable"] < 6
+    assert plan["scores"] is not None and 0 < plan["first_trainable"] < 6
     assert result["trainer"] == TRAINERS[rl] and result["steps"] == 3
     assert result["layers"] == plan["trainable_layers"]
     if mode == "lora":

@@ -135,10 +135,10 @@ def test_axolotl_trains_on_two_processes_with_the_plan_of_one(
     run = train(write_config(tmp_path, **run_inputs, **options), processes=2).check()
     plan, alone = plan_of(tmp_path / "out"), plan_of(uninterrupted)
     assert plan["trainable_layers"] == alone["trainable_layers"]
-    assert plan["deviation"]["mean"] == pytest.approx(alone["deviation"]["mean"], abs=1e-6)
-    assert plan["gain"] == pytest.approx(alone["gain"], abs=1e-6)
-    assert plan["stability"] == alone["stability"]
-    assert plan["sample"] == {**alone["sample"], "loss": plan["sample"]["loss"]}
+    assert plan["scores"]["deviation"] == pytest.approx(alone["scores"]["deviation"], abs=1e-6)
+    assert plan["scores"]["gain"] == pytest.approx(alone["scores"]["gain"], abs=1e-6)
+    assert plan["scores"]["stability"] == alone["scores"]["stability"]
+    assert plan["sample"] == alone["sample"]
     assert run.log.count("proved in the first step") == 2  # on both
     assert len(run.losses) == 2  # logged by one
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -67,7 +67,7 @@ def test_ray_workers_train_with_the_plan_of_one_process(ray_run: tuple[Path, Fin
     plan, alone = plan_of(out), plan_of(uninterrupted)
     assert plan["options"] == {**alone["options"], "min_layers": 2}  # the driver's options reached the workers
     assert plan["trainable_layers"] == alone["trainable_layers"]
-    assert plan["deviation"]["mean"] == pytest.approx(alone["deviation"]["mean"], abs=1e-6)
+    assert plan["scores"]["deviation"] == pytest.approx(alone["scores"]["deviation"], abs=1e-6)
     assert run.log.count("proved in the first step") == 2  # on both
     assert run.log.count("layersel: the plan is ") == 1
     assert sorted(path.relative_to(out) for path in out.rglob("plan.json")) == [

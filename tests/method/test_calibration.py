@@ -21,8 +21,9 @@ from torch import nn
 from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel
 
 from axolotl_layersel.method.calibration import CalibrationError, Row, Sample, draw_rows
-from axolotl_layersel.method.score_layers import Scores, score_layers
+from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.method.scoring_pass import ScoringError
+from axolotl_layersel.plan import Scores
 
 IGNORED = -100
 LLAMA = next(case for case in CASES if case.name == "Llama")
@@ -65,7 +66,7 @@ def by_length(sample: Sample) -> list[Row]:
 
 
 def score(rows: Sequence[Row], model: nn.Module | None = None, **options: Any) -> Scores:
-    return score_layers(model if model is not None else LLAMA.model(), rows, **options)
+    return score_layers(model if model is not None else LLAMA.model(), rows, **options).scores
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def test_one_row_is_enough() -> None:
         "1 rows were scored, all that have a supervised token; num_samples was 128",
     )
     scores = score(sample.rows)
-    assert scores.deviation_stderr == [0.0] * 5 and scores.stability == {scores.first_trainable: 1.0}
+    assert scores.deviation_stderr == [0.0] * 5 and list(scores.stability.values()) == [1.0]
 
 
 def test_a_single_scored_token_is_enough() -> None:

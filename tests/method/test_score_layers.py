@@ -91,7 +91,7 @@ def test_the_loss_is_the_model_s_own(model: nn.Module) -> None:
             logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
         labels = torch.tensor(row.labels[1:])
         losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none")[labels != -100])
-    assert score_layers(model, rows).loss == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
+    assert score_layers(model, rows).scores.loss == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
 
 
 class _Largest(TorchDispatchMode):
@@ -125,7 +125,7 @@ def test_batches_padding_order_and_processes_do_not_matter(model: nn.Module) -> 
     rows = _rows(9)
     whole = score_layers(model, rows, batch_tokens=10**6)
     one_by_one = score_layers(model, rows, batch_tokens=1)
-    np.testing.assert_allclose(whole.deviation, one_by_one.deviation, atol=1e-6)
+    np.testing.assert_allclose(whole.scores.deviation, one_by_one.scores.deviation, atol=1e-6)
     assert whole.first_trainable == one_by_one.first_trainable
 
     def shared(rank: int) -> RowStatistics:
@@ -135,7 +135,7 @@ def test_batches_padding_order_and_processes_do_not_matter(model: nn.Module) -> 
             )
 
     together = score_layers(model, rows, together=lambda _work: [shared(1), shared(0)])
-    np.testing.assert_allclose(whole.deviation, together.deviation, atol=1e-6)
+    np.testing.assert_allclose(whole.scores.deviation, together.scores.deviation, atol=1e-6)
     assert whole.first_trainable == together.first_trainable
 
 
@@ -146,13 +146,14 @@ def test_equal_inputs_give_equal_scores(model: nn.Module) -> None:
 @pytest.mark.parametrize("deviation", ["cosine", "logit_lens"])
 @pytest.mark.parametrize("gain", ["remaining", "drop", "transition", "uniform"])
 def test_every_deviation_and_gain_gives_a_whole_result(model: nn.Module, deviation: str, gain: str) -> None:
-    scores = score_layers(model, _rows(), deviation=deviation, gain=gain)
+    scored = score_layers(model, _rows(), deviation=deviation, gain=gain)
+    scores = scored.scores
     assert len(scores.deviation) == len(scores.deviation_stderr) == LAYERS + 1
     assert len(scores.weight) == len(scores.gain) == len(scores.retention) == LAYERS
     assert sum(scores.gain) == pytest.approx(1.0)
     assert sum(scores.stability.values()) == pytest.approx(1.0)
     assert sum(scores.row_cuts.values()) == len(_rows())
-    assert scores.retention[scores.first_trainable] >= 0.95
+    assert scores.retention[scored.first_trainable] >= 0.95
 
 
 def _state_of(model: nn.Module) -> tuple:
@@ -220,11 +221,11 @@ def test_memory_that_runs_out_halves_the_batch_and_says_so(model: nn.Module, cap
 
     hook = model.model.layers[3].register_forward_pre_hook(allocate)
     try:
-        scores = score_layers(model, rows, batch_tokens=10**6)
+        scores = score_layers(model, rows, batch_tokens=10**6).scores
     finally:
         hook.remove()
     assert "out of memory with 7 rows in a batch" in caplog.text
-    np.testing.assert_allclose(scores.deviation, score_layers(model, rows).deviation, atol=1e-6)
+    np.testing.assert_allclose(scores.deviation, score_layers(model, rows).scores.deviation, atol=1e-6)
 
 
 def test_memory_that_runs_out_for_a_single_row_stops_the_run(model: nn.Module) -> None:
@@ -242,10 +243,10 @@ def test_memory_that_runs_out_for_a_single_row_stops_the_run(model: nn.Module) -
 
 
 def test_4_bit_layers_and_a_bfloat16_model_are_scored(tmp_path: Path) -> None:
-    reference = score_layers(tiny_llama(), _rows())
-    quantised = score_layers(tiny_llama_4bit(tmp_path), _rows())
-    rounded = score_layers(tiny_llama().bfloat16(), _rows())
-    autocast = score_layers(tiny_llama(), _rows(), autocast=torch.bfloat16)
+    reference = score_layers(tiny_llama(), _rows()).scores
+    quantised = score_layers(tiny_llama_4bit(tmp_path), _rows()).scores
+    rounded = score_layers(tiny_llama().bfloat16(), _rows()).scores
+    autocast = score_layers(tiny_llama(), _rows(), autocast=torch.bfloat16).scores
     for scores in (quantised, rounded, autocast):
         assert np.isfinite(scores.deviation).all()
     # Six layers of bfloat16, each rounding by 2^-9 at most, add up to about a hundredth of a cosine.

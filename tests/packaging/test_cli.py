@@ -220,7 +220,7 @@ def test_score_leaves_a_given_cut_aside_and_takes_changed_keys(spoken: dict[str,
     out, status, log = spoken["again"]
     assert status == 0, log[-3000:]
     plan = Plan.from_json(out, source="standard output")
-    assert plan.retention is not None and plan.first_trainable == 0
+    assert plan.scores is not None and plan.first_trainable == 0
     assert plan.options["coverage"] == 1.0
     assert plan == read_plan(spoken["folder"] / "good" / "out")
 
@@ -261,7 +261,8 @@ def test_compare_prints_json_alone_with_every_method_on_one_sample(spoken: dict[
         assert 0 <= method["first_trainable"] < 6
         assert 0 < method["step"] <= 1
     again = Plan.from_json(spoken["again"][0], source="standard output")
-    assert methods[own]["weight"] == pytest.approx(again.weight)
+    assert again.scores is not None
+    assert methods[own]["weight"] == pytest.approx(again.scores.weight)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ def test_any_depth(tmp_path: Path, num_layers: int, panels: dict[str, Axes], rec
 
 def test_the_panels_show_the_plan(tmp_path: Path, panels: dict[str, Axes]) -> None:
     plan = scored_plan(num_layers=30)
-    assert plan.deviation and plan.gain and plan.retention and plan.prediction
+    assert plan.scores and plan.prediction
+    scores = plan.scores
     draw(plan, tmp_path)
     assert list(panels) == [
         "Deviation from the label",
@@ -85,17 +86,17 @@ def test_the_panels_show_the_plan(tmp_path: Path, panels: dict[str, Axes]) -> No
     ]
     deviation, gain, chosen, trade = panels.values()
     curve = next(line for line in deviation.lines if len(line.get_xdata()) == 31)
-    assert list(curve.get_ydata()) == plan.deviation["mean"]
+    assert list(curve.get_ydata()) == scores.deviation
     band = deviation.collections[0].get_paths()[0].vertices
-    top = plan.deviation["mean"][30] + 1.96 * plan.deviation["stderr"][30]
+    top = scores.deviation[30] + 1.96 * scores.deviation_stderr[30]
     assert band[band[:, 0] == 30][:, 1].max() == pytest.approx(top)
-    assert [bar.get_height() for bar in gain.patches[:30]] == plan.gain
+    assert [bar.get_height() for bar in gain.patches[:30]] == scores.gain
     colours = [bar.get_facecolor() for bar in gain.patches[:30]]
     assert len(set(colours[:6])) == len(set(colours[6:])) == 1 and colours[5] != colours[6]
-    assert [text.get_text() for text in gain.texts] == [f"layer 29: {plan.gain[29]:.2f}"]
+    assert [text.get_text() for text in gain.texts] == [f"layer 29: {scores.gain[29]:.2f}"]
     assert sum(bar.get_height() for bar in chosen.patches[1:31]) == pytest.approx(1.0)
-    assert list(trade.lines[1].get_ydata()) == plan.retention
-    assert list(trade.lines[3].get_ydata()) == plan.prediction["per_cut"]["step"]
+    assert list(trade.lines[1].get_ydata()) == scores.retention
+    assert list(trade.lines[3].get_ydata()) == plan.prediction.per_cut.step
 
 
 def test_a_cut_at_zero_has_no_frozen_ground(tmp_path: Path, panels: dict[str, Axes]) -> None:
@@ -111,8 +112,8 @@ def test_a_given_cut_shows_its_costs_if_they_are_known(tmp_path: Path, panels: d
     assert list(panels) == ["What every cut costs"]
 
 
-def test_a_prediction_may_lack_any_number(tmp_path: Path, panels: dict[str, Axes]) -> None:
-    assert draw(scored_plan(prediction={"why": "no idea", "per_cut": {"step": [None] * 12}}), tmp_path)
+def test_without_a_prediction_there_is_the_improvement_alone(tmp_path: Path, panels: dict[str, Axes]) -> None:
+    assert draw(scored_plan(prediction=None), tmp_path)
     legend = panels["What every cut keeps and costs"].get_legend()
     assert legend and [text.get_text() for text in legend.get_texts()] == ["improvement"]
 

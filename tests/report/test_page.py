@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import given_plan, prediction, scored_plan
 
-from axolotl_layersel.plan import Plan
+from axolotl_layersel.plan import Plan, ScoredSample
 from axolotl_layersel.report.charts import charts
 from axolotl_layersel.report.page import _json, render, write_report
 
@@ -57,9 +57,9 @@ def evil_plan() -> Plan:
         revision=EVIL,
         created_by={EVIL: EVIL},
         options={"policy": EVIL, "coverage": EVIL, "deviation": EVIL, EVIL: [EVIL]},
-        sample={"rows": EVIL, "datasets": [EVIL], EVIL: {EVIL: EVIL}},
+        sample=ScoredSample(128, seed=1, dataset_fingerprint=EVIL, tokenizer_fingerprint=EVIL, datasets=[EVIL]),
         notes=[EVIL],
-        prediction={**prediction(num_layers=12, first_trainable=3), "why": EVIL},
+        prediction=prediction(num_layers=12, first_trainable=3, why=EVIL),
         config_updates={EVIL: EVIL},
     )
 
@@ -127,11 +127,11 @@ def test_the_data_are_the_plan_s_curves() -> None:
     plan = scored_plan(num_layers=7)
     _, data, _ = Structure(render(plan)).raw
     values = json.loads(data)
+    assert plan.prediction and plan.scores
     assert values["layers"] == 7 and values["first"] == plan.first_trainable
-    assert values["curves"]["retention"]["values"] == plan.retention
-    assert plan.prediction
+    assert values["curves"]["retention"]["values"] == plan.scores.retention
     for name in ("step", "backward", "saved_activation_bytes", "trainable_parameters"):
-        assert values["curves"][name]["values"] == plan.prediction["per_cut"][name]
+        assert values["curves"][name]["values"] == getattr(plan.prediction.per_cut, name)
 
 
 def test_texts_of_the_page() -> None:
@@ -164,8 +164,11 @@ def test_charts_of_any_numbers_are_drawn_inside_their_frame(data: st.DataObject,
     plan = scored_plan(
         num_layers=num_layers,
         first_trainable=data.draw(st.integers(0, num_layers - 1)),
-        deviation={"mean": numbers(num_layers + 1), "stderr": numbers(num_layers + 1)},
-        gain=numbers(num_layers),
+        scores={
+            "deviation": numbers(num_layers + 1),
+            "deviation_stderr": numbers(num_layers + 1),
+            "gain": numbers(num_layers),
+        },
     )
     for chart in charts(plan):
         assert "nan" not in chart and "inf" not in chart
@@ -301,10 +304,10 @@ def test_the_policy_holds_in_a_browser(browser: Browser) -> None:
 
 def test_the_slider_by_keyboard(browser: Browser) -> None:
     plan = scored_plan(num_layers=30)
-    assert plan.retention and plan.prediction
+    assert plan.scores and plan.prediction
     curves = {
-        "retention": plan.retention,
-        **{n: plan.prediction["per_cut"][n] for n in ("step", "trainable_parameters")},
+        "retention": plan.scores.retention,
+        **{n: getattr(plan.prediction.per_cut, n) for n in ("step", "trainable_parameters")},
     }
 
     def shown() -> int:

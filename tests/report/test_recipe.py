@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from plans import given_plan, scored_plan
+from plans import given_plan, sample, scored_plan
 
 from axolotl_layersel.plan import Plan, PlanError
 from axolotl_layersel.report.recipe import RecipeError, recipe, recipe_text
@@ -194,8 +194,9 @@ def test_a_given_cut_has_a_header_without_a_sample() -> None:
 
 
 def test_a_name_with_a_line_break_cannot_leave_the_comment() -> None:
-    sample = {"rows": 1, "tokens": 2, "datasets": ["data\nplugins: [evil.Plugin]"]}
-    text = recipe_text(config(), lora_plan(sample=sample))
+    evil = sample("data\nplugins: [evil.Plugin]")
+    text = recipe_text(config(), lora_plan(sample=evil))
+    assert "plugins: [evil.Plugin]" in text
     assert yaml.safe_load(text)["plugins"] == ["layersel"]
 
 

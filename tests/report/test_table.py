@@ -5,20 +5,20 @@ from __future__ import annotations
 import io
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plans import given_plan, prediction, scored_plan
+from plans import given_plan, prediction, sample, scored_plan
 from rich.console import Console
 
-from axolotl_layersel.plan import Plan
+from axolotl_layersel.plan import Plan, Scores
 from axolotl_layersel.report.model_card import add_to_model_card, model_card_section
 from axolotl_layersel.report.table import Progress, plan_text, print_plan
 from axolotl_layersel.report.wording import (
     dataset_name,
     layer_range,
     model_name,
-    number,
     per_cut,
     printable,
     shares,
@@ -39,13 +39,18 @@ def test_the_whole_text_of_a_small_plan() -> None:
         num_layers=2,
         first_trainable=1,
         options={"policy": "coverage", "coverage": 0.75},
-        deviation={"mean": [0.99, 0.8, 0.4], "stderr": [0.01, 0.01, 0.01]},
-        weight=[0.5, 0.5],
-        gain=[0.2, 0.8],
-        retention=[1.0, 0.8],
-        stability={"0": 0.1, "1": 0.9},
-        prediction={"step": 0.6, "backward": 0.4, "trainable_parameters": 0.5, "gradient_checkpointing": False},
-        sample={"datasets": ["acme/chat"]},
+        scores=Scores(
+            deviation=[0.99, 0.8, 0.4],
+            deviation_stderr=[0.01, 0.01, 0.01],
+            weight=[0.5, 0.5],
+            gain=[0.2, 0.8],
+            retention=[1.0, 0.8],
+            stability={0: 0.1, 1: 0.9},
+            row_cuts={1: 128},
+            tokens=1000,
+        ),
+        prediction=replace(prediction(num_layers=2, first_trainable=1), gradient_checkpointing=False),
+        sample=sample("acme/chat"),
     )
     assert plan_text(plan) == (
         "acme/tiny, LoRA, acme/chat\n"
@@ -60,9 +65,9 @@ def test_the_whole_text_of_a_small_plan() -> None:
         "           keep 0.800 of the improvement. 0.90 of the resamples choose it (0.10\n"
         "           choose 0).\n"
         "trained    layer 1 (1 of 2), LoRA; layer 0 is frozen.\n"
-        "predicted  FLOPs of a step 0.60, FLOPs of its backward pass 0.40, trainable\n"
-        "           parameters 0.50 of training every layer, without gradient\n"
-        "           checkpointing.\n"
+        "predicted  FLOPs of a step 0.73, FLOPs of its backward pass 0.56, activation\n"
+        "           memory 0.54, trainable parameters and optimizer state 0.50 of\n"
+        "           training every layer, without gradient checkpointing.\n"
         "again      layersel: {first_layer: 1}   (scores nothing)\n"
     )
 
@@ -78,27 +83,29 @@ def test_text_fits_80_columns_and_has_no_escapes(plan: Plan, ascii_only: bool) -
 
 def test_every_layer_has_a_row_and_its_numbers() -> None:
     plan = scored_plan(num_layers=80, first_trainable=60)
-    assert plan.deviation and plan.gain and plan.retention
+    assert plan.scores
     listed = rows(plan_text(plan))
     assert len(listed) == 80
     for i, row in enumerate(listed):
-        values = (f"{plan.deviation['mean'][i + 1]:.3f}", f"{plan.gain[i]:.3f}", f"{plan.retention[i]:.3f}")
-        assert re.findall(r"\d\.\d{3}", row) == list(values) and row.startswith(f"{i:>5} ")
+        scores = plan.scores
+        values = [f"{x:.3f}" for x in (scores.deviation[i + 1], scores.gain[i], scores.retention[i])]
+        assert re.findall(r"\d\.\d{3}", row) == values and row.startswith(f"{i:>5} ")
         assert row.endswith("trained" if i >= 60 else "frozen")
 
 
 def test_bars_are_in_proportion_and_start_at_zero() -> None:
     listed = rows(plan_text(FOUR, ascii_only=True))
-    assert FOUR.gain and FOUR.deviation
+    assert FOUR.scores
+    deviation, gain = FOUR.scores.deviation, FOUR.scores.gain
     for i, row in enumerate(listed):
         bars = [len(bar) for bar in re.findall(r"#+", row)]
-        largest = max(FOUR.deviation["mean"][1:]), max(FOUR.gain)
-        values = FOUR.deviation["mean"][i + 1], FOUR.gain[i]
+        largest = max(deviation[1:]), max(gain)
+        values = deviation[i + 1], gain[i]
         assert bars == [round(14 * value / of) for value, of in zip(values, largest, strict=True)]
 
 
 def test_deviations_in_nats_fit_as_well() -> None:
-    plan = scored_plan(num_layers=3, deviation={"mean": [12.5, 11.25, 9.0, 2.0], "stderr": [0.1] * 4})
+    plan = scored_plan(num_layers=3, scores={"deviation": [12.5, 11.25, 9.0, 2.0], "deviation_stderr": [0.1] * 4})
     text = plan_text(plan)
     assert " 9.000 " in text and "11.250 " in text and max(map(len, text.splitlines())) <= 80
 
@@ -131,8 +138,8 @@ def test_texts_of_a_plan_cannot_command_the_terminal() -> None:
         base_model=evil,
         notes=[evil],
         options={"policy": evil},
-        sample={"datasets": [evil]},
-        prediction={"why": evil},
+        sample=sample(evil),
+        prediction=prediction(num_layers=2, first_trainable=1, why=evil),
     )
     stream = io.StringIO()
     print_plan(plan, console=Console(file=stream, force_terminal=True, width=100, color_system=None))
@@ -142,20 +149,19 @@ def test_texts_of_a_plan_cannot_command_the_terminal() -> None:
 
 def test_an_unstable_cut_says_so() -> None:
     assert "Unstable" not in summary(FOUR)["cut"]
-    shaky = scored_plan(num_layers=4, first_trainable=1, stability={"0": 0.4, "1": 0.3, "2": 0.3})
+    shaky = scored_plan(num_layers=4, first_trainable=1, scores={"stability": {0: 0.4, 1: 0.3, 2: 0.3}})
     assert "0.30 of the resamples choose it (0.40 choose 0, 0.30 choose 2). Unstable" in summary(shaky)["cut"]
-    never = scored_plan(num_layers=4, first_trainable=1, stability={"2": 1.0})
+    never = scored_plan(num_layers=4, first_trainable=1, scores={"stability": {2: 1.0}})
     assert "0.00 of the resamples choose it (1.00 choose 2). Unstable" in summary(never)["cut"]
-    assert "resamples" not in summary(scored_plan(num_layers=4, stability=None))["cut"]
 
 
 def test_what_is_predicted() -> None:
-    known = prediction(num_layers=4, first_trainable=1)
     assert summary(FOUR)["predicted"].endswith("of training every layer, with gradient checkpointing.")
-    why = scored_plan(num_layers=4, prediction={**known, "why": "Embeddings are trained."})
+    why = scored_plan(
+        num_layers=4, prediction=prediction(num_layers=4, first_trainable=1, why="Embeddings are trained.")
+    )
     assert summary(why)["predicted"].endswith("checkpointing. Embeddings are trained.")
-    assert summary(scored_plan(num_layers=4, prediction={"why": "No cut."}))["predicted"] == "No cut."
-    assert summary(scored_plan(num_layers=4, prediction={"step": None}))["predicted"].startswith("no cost is known")
+    assert summary(given_plan())["predicted"] == "no cost is known for this plan."
 
 
 def test_what_is_trained() -> None:
@@ -172,18 +178,15 @@ def test_small_facts() -> None:
     assert shares({"10": 1, "9": 3}) == {9: 0.75, 10: 0.25} and shares(None) == shares({}) == shares({"1": 0}) == {}
     assert list(shares({"10": 1, "9": 3})) == [9, 10]
     assert printable("a\x1b[0m\nb") == "a [0m b"
-    assert number({"a": True, "b": float("nan"), "c": 2}, "c") == 2.0
-    assert number({"a": True}, "a") is number({"b": float("nan")}, "b") is number([], "c") is number(None, "d") is None
-    assert per_cut(given_plan(prediction={"per_cut": {"step": [1.0] * 11}}), "step") is None
-    assert per_cut(given_plan(prediction={"per_cut": [1.0]}), "step") is None
-    assert per_cut(given_plan(prediction={"per_cut": {"step": [1] * 12}}), "step") == [1.0] * 12
+    assert per_cut(given_plan(), "step") is None
+    assert per_cut(given_plan(prediction=prediction(num_layers=12, first_trainable=5)), "forward") == [1.0] * 12
 
 
 def test_a_folder_s_name_is_shown_without_its_place() -> None:
     assert model_name(given_plan()) == "HuggingFaceTB/SmolLM2-135M"
     for path in ("/home/someone/models/mine", "./mine/", "~/mine", "../mine"):
         assert model_name(scored_plan(base_model=path)) == "mine"
-        assert dataset_name(scored_plan(sample={"datasets": [path, "acme/chat"]})) == "mine, acme/chat"
+        assert dataset_name(scored_plan(sample=sample(path, "acme/chat"))) == "mine, acme/chat"
 
 
 def test_progress_on_a_terminal_shows_rows_speed_and_time_left() -> None:

@@ -300,7 +300,7 @@ def test_a_run_of_axolotl_chooses_and_trains_the_same(
     assert {"_compute_params", "_original_forward"} & set(vars(rewritten)), "the feature was on"
     k = stock.plan["first_trainable"]
     assert 0 < k == ours.plan["first_trainable"]
-    assert ours.plan["deviation"]["mean"] == pytest.approx(stock.plan["deviation"]["mean"], abs=1e-6)
+    assert ours.plan["scores"]["deviation"] == pytest.approx(stock.plan["scores"]["deviation"], abs=1e-6)
     assert ours.losses == pytest.approx(stock.losses, abs=1e-4)
     assert f"proved in the first step: the backward pass stops at layer {k}" in caplog.text
     assert ours.weights.keys() == stock.weights.keys()
