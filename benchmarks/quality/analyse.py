@@ -1,310 +1,203 @@
-"""Predicted against measured: calibration, exponent, rivals at equal cost, stability; tables and figures.
+"""Tables from raw runs: measured retention and its noise, rates, laws judged left out, pilots, promises kept.
 
-    python analyse.py                                                  # results/fitted, which set the defaults
-    python analyse.py results/heldout --fitted-on results/fitted       # models that had no part in them
-    python analyse.py work/cpu --save results/mine --figures work/cpu/figures
+    python analyse.py                                # results/smollm2 beside the toys of results/fitted and heldout
+    python analyse.py work/smollm2 --save results/smollm2
+    python analyse.py results/smollm2 --toys results/fitted results/heldout
 
-A folder of evidence holds `runs.jsonl` of oracle.py and `signals/` of signals.py.
+Works on whatever part of a grid is there; a table without runs is left out.
 """
 
 import argparse
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from evidence import Pair, compact, load, scalars, weights
-from merits import (
-    across_seeds,
-    at_equal_cost,
-    best_cuts,
-    bootstrap,
-    calibration,
-    chosen_cut,
-    errors,
-    fit_constant,
-    fit_scalar,
-    leave_out,
-    measured_at,
-    predicted,
-    regret,
-    single_layer_correlation,
-    stability,
-    step_cost,
-)
-from scipy.stats import spearmanr
+from curves import Array, Curve, read
+from laws import errors, exponent, leave_out, pooled_exponent, shapes, through_pilots
 
-from axolotl_layersel.method.gain import RETENTION_EXPONENT, WEIGHTS, layer_weights, retention
-
-CONTROLS = ("uniform", "ramp", "ramp:squared", "ramp:cubed")  # none of them looks at data
-OURS = (
-    "remaining", "entering", "drop", "transition", "remaining@logit_lens", "drop@logit_lens",
-    "remaining@semantic_loss", "drop@semantic_loss",
-)  # fmt: skip
-ABLATIONS = (
-    "remaining@cosine_without_norm", "drop@cosine_without_norm", "transition@cosine_without_norm",
-    "drop:first_raw", "drop:first_next", "drop:first_zero", "transition:first_raw", "transition:first_next",
-    "transition:first_min", "transition:first_zero",
-    "drop:half", "drop@logit_lens:half", "transition:half", "transition:squared",
-    "relative_drop", "relative_drop@logit_lens", "change", "length:first_mean", "turn:first_mean",
-)  # fmt: skip
-RIVALS = (
-    "block_influence", "block_influence:first_mean", "cka", "cka:first_mean", "gradient", "gradient:first_mean",
-    "gradient:first_mean:squared", "gradient_128:first_mean", "relative_gradient", "relative_gradient:first_mean",
-    "spectrum", "spectrum:first_mean",
-)  # fmt: skip
+HERE = Path(__file__).parent
+COVERAGES = (0.90, 0.95, 0.98)
 
 
-def show_measured(pairs: list[Pair]) -> None:
-    print(
-        "\n### Measured retention\n\n"
-        "| model | task | base | all layers | seeds | retention at cut |\n|---|---|---|---|---|---|"
+def table(title: str, header: list[str], rows: list[list[object]]) -> None:
+    if rows:
+        print(f"\n### {title}\n\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
+        for row in rows:
+            print("| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+
+
+def show_measured(curves: list[Curve]) -> None:
+    cuts = sorted({cut for c in curves for cut in c.retention()})
+    rows: list[list[object]] = []
+    for c in curves:
+        kept, best = c.retention(), c.best()
+        if kept:
+            cells = [f"{kept[k]:.3f}" if k in kept else "" for k in cuts[1:]]
+            rows.append([c.task, c.base, float(np.mean([r["loss"] for r in best[0].values()])), *cells])
+    table(
+        "Measured retention at cut, best of the rates tried", ["task", "base", "all layers", *map(str, cuts[1:])], rows
     )
-    for p in pairs:
-        curve = ", ".join(f"{k}: {r:.3f}" for k, r in zip(p.cuts, p.measured, strict=True))
-        print(f"| {p.model} | {p.task} | {p.base:.3f} | {p.loss(0):.3f} | {len(p.seeds)} | {curve} |")
+    spread = [
+        float(np.std([c.retention(seed=s)[k] for s in best], ddof=1))
+        for c in curves for k, best in c.best().items() if k and len(set(best) & set(c.best()[0])) > 1
+    ]  # fmt: skip
+    if spread:
+        print(f"\nSpread over seeds (standard deviation of one seed, {len(spread)} cuts): "
+              f"{np.sqrt(np.mean(np.square(spread))):.3f}, largest {max(spread):.3f}")  # fmt: skip
+    noise = [c.row_noise(k) for c in curves if "base" in c.signals for k in c.retention() if k]
+    if noise:
+        print(f"Standard error from the choice of held-out rows: mean {np.mean(noise):.3f}, largest {max(noise):.3f}")
 
 
-def show_calibration(pairs: list[Pair], names: tuple[str, ...]) -> None:
-    print("\n### Calibration, one exponent fitted on other models or tasks\n")
-    print(
-        "| weights | exponent | MAE | better than uniform by (95 %) | worst | kept at 0.95: least | mean | step cost |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    control = _pair_errors(pairs, "uniform")
-    for weight in names:
-        c = calibration(pairs, weight, lambda rest, w=weight: fit_constant(rest, w))
-        gains = [u - e for u, e in zip(control, _pair_errors(pairs, weight), strict=True)]
-        low, high = bootstrap(gains)
-        exponent = fit_constant(pairs, weight)(pairs[0])
-        print(
-            f"| {weight} | {exponent:.3f} | {c['mae']:.4f} | {np.mean(gains):+.4f} ({low:+.4f} to {high:+.4f}) "
-            f"| {c['worst']:.3f} | {c['least_kept']:.3f} | {c['mean_kept']:.3f} | {c['cost']:.2f} |",
-            flush=True,
-        )
+def show_rates(curves: list[Curve]) -> None:
+    rows: list[list[object]] = []
+    for c in curves:
+        for cut in sorted({run["index"] for run in c.of(steps=c.steps, seed=0)}):
+            tried = {r["learning_rate"]: r["loss"] for r in c.of(steps=c.steps, seed=0) if r["index"] == cut}
+            if len(tried) > 1:
+                cells = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(tried.items()))
+                rows.append([c.task, cut, cells, f"{c.rate(cut):g}"])
+    table("Held-out loss at each rate tried, first seed", ["task", "cut", "rate: loss", "best"], rows)
 
 
-def _pair_errors(pairs: list[Pair], weight: str) -> list[float]:
-    """Mean absolute held-out error of every pair, over both ways of leaving out."""
-    found = []
-    for by in ("task", "model"):
-        left = leave_out(pairs, by, lambda rest: fit_constant(rest, weight))
-        found.append({(p.model, p.task): float(np.abs(errors([p], weight, lambda _, b=b: b)).mean()) for p, b in left})
-    return [float(np.mean([table[p.model, p.task] for table in found if table])) for p in pairs]
-
-
-def show_scalars(pairs: list[Pair], weight: str) -> None:
-    print(f"\n### Exponent from a scalar of the same forward pass, weights `{weight}`\n")
-    print(
-        "| scalar | rank correlation with the pair's own exponent | MAE | worst | least kept | step cost |\n"
-        "|---|---|---|---|---|---|"
-    )
-    own = [fit_constant([p], weight)(p) for p in pairs]
-    c = calibration(pairs, weight, lambda rest: fit_constant(rest, weight))
-    print(f"| none (constant) | | {c['mae']:.4f} | {c['worst']:.3f} | {c['least_kept']:.3f} | {c['cost']:.2f} |")
-    for scalar in scalars(pairs[0]):
-        rho = spearmanr([scalars(p)[scalar] for p in pairs], own)[0]
-        c = calibration(pairs, weight, lambda rest, s=scalar: fit_scalar(rest, weight, s))
-        print(
-            f"| {scalar} | {rho:+.2f} | {c['mae']:.4f} | {c['worst']:.3f} | {c['least_kept']:.3f} | {c['cost']:.2f} |",
-            flush=True,
-        )
-    bound = np.mean([np.abs(errors([p], weight, lambda _, b=b: b)).mean() for p, b in zip(pairs, own, strict=True)])
-    print(f"\nEvery pair with its own exponent (a bound, not a prediction): MAE {bound:.4f}; exponents: ", end="")
-    print(", ".join(f"{p.model}/{p.task} {b:.3f}" for p, b in zip(pairs, own, strict=True)))
-
-
-def show_choices(pairs: list[Pair], names: tuple[str, ...]) -> None:
-    print(
-        "\n### What is kept and spent\n\n"
-        "| choice | mean kept | least kept | step cost | median regret | worst regret |\n|---|---|---|---|---|---|"
-    )
-    for name, cut_of in (
-        ("all layers", lambda p: 0),
-        ("fixed cut at 25 %", lambda p: p.layers // 4),
-        ("fixed cut at 50 %", lambda p: p.layers // 2),
-        ("fixed cut at 75 %", lambda p: 3 * p.layers // 4),
-        ("last 2 layers", lambda p: p.layers - 2),
-    ):
-        _choice(name, [(p, float(cut_of(p))) for p in pairs])
-    random = [(p, float(cut)) for p in pairs for cut in range(p.layers)]
-    _choice("random cut", random)
-    for weight in names:
-        for coverage in (0.9, 0.95):
-            left = leave_out(pairs, "task", lambda rest, w=weight: fit_constant(rest, w))
-            cuts = [(p, float(chosen_cut(predicted(p, weights(p, weight), b), coverage))) for p, b in left]
-            _choice(f"{weight}, coverage {coverage}", cuts)
-    print("\n### Equal mean step cost (0.75): the signal decides which model and task gets more layers\n")
-    print("| signal | mean kept | least kept |\n|---|---|---|")
-    for weight in (*CONTROLS, *names[1:], *RIVALS):
-        kept, least = at_equal_cost(pairs, weight, 0.75)
-        print(f"| {weight} | {kept:.4f} | {least:.4f} |")
-    cuts = best_cuts(pairs, 0.75)
-    kept_P = [measured_at(p, cut) for p, cut in zip(pairs, cuts, strict=True)]
-    print(
-        f"| a bound: the best cuts, known from these very runs ({cuts}) | {np.mean(kept_P):.4f} | {min(kept_P):.4f} |"
-    )
-    if len(pairs[0].seeds) > 1:
-        known, fixed = across_seeds(pairs, 0.75)
-        print(f"\nThe best cuts of one seed keep {known:.4f} in the others, a fixed cut at half {fixed:.4f}.")
-
-
-def _outcome(cuts: list[tuple[Pair, float]]) -> tuple[list[float], float, list[float]]:
-    """What is kept of every pair, the mean step cost, and the regret of every pair."""
-    kept = [measured_at(p, cut) for p, cut in cuts]
-    cost = float(np.mean([step_cost(p, cut) for p, cut in cuts]))
-    return kept, cost, [regret(p, cut) for p, cut in cuts]
-
-
-def _choice(name: str, cuts: list[tuple[Pair, float]]) -> None:
-    kept, cost, lost = _outcome(cuts)
-    print(f"| {name} | {np.mean(kept):.3f} | {min(kept):.3f} | {cost:.2f} | {np.median(lost):.3f} | {max(lost):.3f} |")
-
-
-def show_single(pairs: list[Pair]) -> None:
-    told = [p for p in pairs if len(p.single) >= p.layers // 2]
-    if not told:
+def show_laws(curves: list[Curve], toys: list[Curve]) -> None:
+    """Mean absolute error of each shape: own exponent (a bound), left-out task, left-out model or family."""
+    ready = [c for c in curves if len(c.retention()) > 2 and ("rows" in c.signals or "means" in c.signals)]
+    every = ready + [t for t in toys if t.retention()]
+    if not ready:
         return
-    print(
-        "\n### Rank correlation with the measured gain of one layer alone\n\n| signal | "
-        + " | ".join(f"{p.model}/{p.task}" for p in told)
-        + " |"
-    )
-    print("|---" * (len(told) + 1) + "|")
-    for weight in ("remaining", "drop", "transition", "drop@logit_lens", *RIVALS):
-        print(f"| {weight} | " + " | ".join(f"{single_layer_correlation(p, weight):+.2f}" for p in told) + " |")
+    rows: list[list[object]] = []
+    for name in shapes(ready[0]):
+        shape = {id(c): shapes(c)[name] for c in every}
+
+        def left(group: list[Curve], judged: list[Curve], by: Callable[[Curve], str], s=shape) -> str:
+            found = []
+            for c, rest in leave_out(group, by):
+                if rest and c in judged:
+                    gamma = pooled_exponent([(s[id(o)], o.retention()) for o in rest])
+                    found.append(float(np.abs(errors(s[id(c)], gamma, c.retention())).mean()))
+            return f"{np.mean(found):.3f}" if found else ""
+
+        own = {id(c): exponent(shape[id(c)], c.retention()) for c in every}
+        bound = [float(np.abs(errors(shape[id(c)], own[id(c)], c.retention())).mean()) for c in every]
+        here = ", ".join(f"{own[id(c)]:.2f}" for c in ready)
+        toy = [own[id(t)] for t in every[len(ready) :]]
+        rows.append([
+            name, here, f"{min(toy):.2f} to {max(toy):.2f}" if toy else "", float(np.mean(bound[: len(ready)])),
+            float(np.mean(bound[len(ready) :])) if toy else "", left(ready, ready, lambda c: c.task),
+            left(every, ready, lambda c: "toy" if c in toys else "real"),
+            left(every, toys, lambda c: c.model if c in toys else "real"),
+        ])  # fmt: skip
+    table(
+        "Laws s(k) ** gamma: mean absolute error of retention",
+        ["shape", "own gammas", "toys' gammas", "own gamma (bound)", "toys, own gamma", "left-out task",
+         "from the toys", "left-out toy model"],
+        rows,
+    )  # fmt: skip
 
 
-def show_other_runs(pairs: list[Pair]) -> None:
-    """Full fine-tuning, longer runs, and the compute that a cut saves spent on more steps."""
-    print("\n### Other runs: retention at cut\n\n| model | task | run | retention |\n|---|---|---|---|")
-    for p in pairs:
-        runs = {"full fine-tuning": p.full} | {f"LoRA, {steps} steps": losses for steps, losses in p.longer.items()}
-        for name, losses in runs.items():
-            if 0 in losses and len(losses) > 1:
-                kept = {k: (p.base - loss) / (p.base - losses[0]) for k, loss in sorted(losses.items())}
-                print(
-                    f"| {p.model} | {p.task} | {name} | " + ", ".join(f"{k}: {r:.3f}" for k, r in kept.items()) + " |"
-                )
-    print("\nEqual time (the saved compute spent on more steps), loss relative to all layers in the base steps:\n")
-    print("| model | task | cut | steps | retention against all layers |\n|---|---|---|---|---|")
-    for p in pairs:
-        for steps, losses in p.longer.items():
-            for cut, loss in losses.items():
-                if 0 not in losses:
-                    kept = (p.base - loss) / (p.base - p.losses[0][0])
-                    print(f"| {p.model} | {p.task} | {cut} | {steps} | {kept:.3f} |")
+def show_pilots(curves: list[Curve]) -> None:
+    rows: list[list[object]] = []
+    for c in curves:
+        whole = c.retention()
+        for steps in sorted({r["steps"] for r in c.runs if r["kind"] == "cut" and 0 < r["steps"] != c.steps}):
+            short = c.retention(steps=steps)
+            for cut in sorted(set(short) & set(whole) - {0}):
+                power = np.log(whole[cut]) / np.log(short[cut]) if 0 < short[cut] < 1 and whole[cut] > 0 else np.nan
+                rows.append([c.task, steps, cut, short[cut], whole[cut], whole[cut] - short[cut], float(power)])
+    table(
+        "Runs of another length, own schedule, against the whole run",
+        ["task", "steps", "cut", "kept then", "kept in the whole run", "difference", "power"], rows,
+    )  # fmt: skip
+    rows = []
+    for c in curves:
+        for steps, off in sorted(c.switched_off.items()):
+            rows.append([c.task, steps, ", ".join(f"{k}: {r:.3f}" for k, r in sorted(off.items()))])
+    table("One run of all layers, adapters below the cut switched off", ["task", "steps", "left at cut"], rows)
 
 
-def show_shipped(pairs: list[Pair]) -> None:
-    """What the package itself predicts from these rows, with its own weights and exponent."""
-    print(f"\n### The package's own prediction (exponent {RETENTION_EXPONENT}), coverage 0.95\n")
-    print("| gain | MAE | bias | worst | least kept | mean kept | step cost | median regret | worst regret |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for gain in WEIGHTS:
-        error, cuts = [], []
-        for p in pairs:
-            weight_L = layer_weights(gain, deviation_S=p.mean("cosine"), miss_L=p.mean("miss"))
-            curve = retention(weight_L, exponent=RETENTION_EXPONENT)
-            error.append((curve[p.cuts] - p.measured)[1:])
-            cuts.append((p, float(chosen_cut(curve, 0.95))))
-        e = np.concatenate(error)
-        kept, cost, lost = _outcome(cuts)
-        print(
-            f"| {gain} | {np.abs(e).mean():.4f} | {e.mean():+.4f} | {np.abs(e).max():.3f} | {min(kept):.3f} "
-            f"| {np.mean(kept):.3f} | {cost:.2f} | {np.median(lost):.3f} | {max(lost):.3f} |"
-        )
+def pilot_curve(c: Curve, shape: str, steps: int, cuts: tuple[int, ...], power: float) -> Array | None:
+    kept = {k: r for k, r in c.retention(steps=steps).items() if k in cuts}
+    return through_pilots(shapes(c)[shape], kept, power) if set(kept) == set(cuts) else None
 
 
-def show_transfer(pairs: list[Pair], fitted: list[Pair], names: tuple[str, ...]) -> None:
-    """Every choice of weights with the exponent of the fitted evidence: nothing of these pairs has a part in it."""
-    print("\n### Exponents fitted on other models, coverage 0.95\n")
-    print("| weights | exponent | MAE | better than uniform by (95 %) | least kept | mean kept | step cost |")
-    print("|---|---|---|---|---|---|---|")
-    control: list[float] = []
-    for weight in names:
-        exponent = fit_constant(fitted, weight)
-        misses = [float(np.abs(errors([p], weight, exponent)).mean()) for p in pairs]
-        control = control or misses
-        gains = [c - m for c, m in zip(control, misses, strict=True)]
-        low, high = bootstrap(gains)
-        cuts = [(p, float(chosen_cut(predicted(p, weights(p, weight), exponent(p)), 0.95))) for p in pairs]
-        kept, cost, _ = _outcome(cuts)
-        print(
-            f"| {weight} | {exponent(pairs[0]):.3f} | {np.mean(misses):.4f} | {np.mean(gains):+.4f} "
-            f"({low:+.4f} to {high:+.4f}) | {min(kept):.3f} | {np.mean(kept):.3f} | {cost:.2f} |"
-        )
+def show_measured_policy(curves: list[Curve]) -> None:
+    """Pilots at a few cuts and the shape between them; the power is fitted on the other tasks."""
+    ready = [c for c in curves if "rows" in c.signals and len(c.retention()) > 2]
+    rows: list[list[object]] = []
+    lengths = sorted({r["steps"] for c in ready for r in c.runs if r["kind"] == "cut" and 0 < r["steps"] < c.steps})
+    for steps in lengths:
+        cut_sets = sorted({tuple(k for k in c.retention(steps=steps) if k) for c in ready} - {()})
+        subsets = {s for cs in cut_sets for s in [cs, *[(k,) for k in cs]]}
+        for cuts in sorted(subsets, key=lambda s: (len(s), s)):
+            for shape in ("equal", "cosine", "lens", "cosine x lens", "equal + cosine + lens"):
+                found = []
+                for c, rest in leave_out(ready, lambda c: c.task):
+                    power = fitted_power(rest, shape, steps, cuts)
+                    curve = pilot_curve(c, shape, steps, cuts, power) if power else None
+                    if curve is not None:
+                        kept = c.retention()
+                        found.append(np.mean([abs(curve[k] - kept[k]) for k in kept if k]))
+                if found:
+                    powers = fitted_power(ready, shape, steps, cuts)
+                    rows.append([steps, ", ".join(map(str, cuts)), shape, len(found), powers, float(np.mean(found)),
+                                 float(np.max(found))])  # fmt: skip
+    table(
+        "Pilots and a shape, power from the other tasks: error of retention",
+        ["steps", "pilots at cut", "shape", "tasks", "power", "mean error", "worst task"], rows,
+    )  # fmt: skip
 
 
-def show_stability(pairs: list[Pair], names: tuple[str, ...]) -> None:
-    print("\n### Stability: share of resamples with the cut of all rows (spread of the cut, in layers)\n")
-    sizes = (16, 32, 64, 128, 256, 512)
-    print("| weights | " + " | ".join(f"{size} rows" for size in sizes) + " |\n" + "|---" * (len(sizes) + 1) + "|")
-    for weight in names:
-        exponent = fit_constant(pairs, weight)(pairs[0])
-        cells = []
-        for size in sizes:
-            found = [stability(p, weight, exponent, size) for p in pairs]
-            cells.append(f"{np.mean([f[0] for f in found]):.2f} ({np.mean([f[1] for f in found]):.2f})")
-        print(f"| {weight} | " + " | ".join(cells) + " |")
+def fitted_power(curves: list[Curve], shape: str, steps: int, cuts: tuple[int, ...]) -> float | None:
+    """The power with the least mean error over curves that have these pilots."""
+    best = None
+    for power in np.linspace(0.3, 1.5, 61):
+        found = []
+        for c in curves:
+            curve = pilot_curve(c, shape, steps, cuts, float(power))
+            if curve is not None:
+                kept = c.retention()
+                found.append(np.mean([abs(curve[k] - kept[k]) for k in kept if k]))
+        if found and (best is None or np.mean(found) < best[0]):
+            best = (float(np.mean(found)), float(power))
+    return best[1] if best else None
 
 
-def draw(pairs: list[Pair], names: tuple[str, ...], folder: Path) -> None:
-    """Measured curves with the prediction of each choice of weights, and predicted against measured."""
-    import matplotlib
+def measured_at(kept: Mapping[int, float], cut: float) -> float:
+    return float(np.interp(cut, sorted(kept), [kept[k] for k in sorted(kept)]))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = min(4, len(pairs))
-    lines = -(-len(pairs) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 2.6 * lines), sharey=True, squeeze=False)
-    for axis, p in zip(axes.flat, pairs, strict=False):
-        axis.plot(p.cuts, p.measured, "ko-", markersize=4, label="measured")
-        for weight in names:
-            exponent = {
-                (q.model, q.task): b for q, b in leave_out(pairs, "task", lambda rest, w=weight: fit_constant(rest, w))
-            }
-            axis.plot(predicted(p, weights(p, weight), exponent[p.model, p.task]), linewidth=1, label=weight)
-        axis.set_title(f"{p.model} / {p.task}", fontsize=9)
-        axis.set_xlabel("first trainable layer")
-    axes[0, 0].set_ylabel("retention")
-    axes[0, 0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(folder / "retention.png", dpi=130)
+def save(source: Path, folder: Path) -> None:
+    """The raw runs and signals of a worker's folder, small enough for a repository."""
+    (folder / "signals").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for c in read(source):
+        order = sorted(c.runs, key=lambda r: (r["kind"], r["steps"], r["index"], r["learning_rate"], r["seed"]))
+        lines += [json.dumps(run, separators=(",", ":")) for run in order]
+        if "rows" in c.signals:
+            found = {key: value for key, value in c.signals.items() if key != "base"}
+            text = json.dumps(found, separators=(",", ":")) + "\n"
+            (folder / "signals" / f"{c.model}-{c.task}.json").write_text(text, encoding="utf-8")
+    (folder / "runs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("evidence", type=Path, nargs="?", default=here / "results" / "fitted", help="folder")
-    parser.add_argument("--fitted-on", type=Path, help="folder of the evidence that exponents are taken from")
-    parser.add_argument("--save", type=Path, help="folder for a compact copy of the evidence")
-    parser.add_argument("--figures", type=Path)
+    parser.add_argument("evidence", type=Path, nargs="?", default=HERE / "results" / "smollm2", help="folder")
     parser.add_argument(
-        "--weights", nargs="+", default=["uniform", "transition", "transition:first_min"], help="shown in detail"
+        "--toys", type=Path, nargs="*", default=[HERE / "results" / name for name in ("fitted", "heldout")]
     )
+    parser.add_argument("--save", type=Path, help="folder for a compact copy of the evidence")
     args = parser.parse_args()
-    pairs = load(args.evidence)
-    if len({p.task for p in pairs}) < 2:
-        raise SystemExit(
-            f"{len(pairs)} complete pairs in {args.evidence}; leaving one out needs two tasks: run more of the sweep"
-        )
-    names = tuple(args.weights)
-    show_measured(pairs)
-    show_calibration(pairs, (*CONTROLS, *OURS, *ABLATIONS, *RIVALS))
-    for weight in names[:2]:
-        show_scalars(pairs, weight)
-    show_choices(pairs, names)
-    show_shipped(pairs)
-    if args.fitted_on:
-        show_transfer(pairs, load(args.fitted_on), (*CONTROLS, *OURS, *ABLATIONS, *RIVALS))
-    show_single(pairs)
-    show_other_runs(pairs)
-    show_stability(pairs, names)
-    if args.figures:
-        draw(pairs, names, args.figures)
     if args.save:
-        compact(args.evidence, args.save)
+        save(args.evidence, args.save)
+    curves, toys = read(args.evidence), [c for folder in args.toys for c in read(folder)]
+    show_measured(curves)
+    show_rates(curves)
+    show_pilots(curves)
+    show_laws(curves, toys)
+    show_measured_policy(curves)
 
 
 if __name__ == "__main__":

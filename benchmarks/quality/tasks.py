@@ -1,12 +1,14 @@
-"""Four fine-tuning tasks as token rows with the instruction mask that axolotl makes: only the response carries labels.
+"""Fine-tuning tasks as token rows with the instruction mask that axolotl makes: only the response carries labels.
 
-- `gsm8k`: grade-school maths, alpaca prompt, step-by-step answer (a .jsonl with `question`, `answer`).
-- `roleplay`: role-play instructions, alpaca prompt (a .jsonl with `instruction`, `input`, `output`).
-- `code`: alpaca prompt with signature and docstring of a function of the standard library; the body answers.
-- `near`: a paragraph and the next one, from documents that pretraining never saw, alpaca prompt.
+- `gsm8k`: grade-school maths, step-by-step answer (a .jsonl with `question`, `answer`).
+- `roleplay`: role-play instructions (a .jsonl with `instruction`, `input`, `output`).
+- `code`: signature and docstring of a function of the standard library; the body answers.
+- `docstring`: a function of the standard library; its docstring answers.
+- `near`: a paragraph and the next one, from documents that the toys' pretraining never saw.
 
-Rows are cut at `max_length` tokens; a row whose answer would keep fewer than 12 tokens is dropped. Train and held-out
-rows never share a document (for `code`: a source file).
+The prompt is the tokenizer's chat template where it has one, and alpaca's where not. Rows are cut at `max_length`
+tokens; a row whose answer would keep fewer than 12 tokens is dropped. Train and held-out rows never share a document
+(for `code` and `docstring`: a source file).
 """
 
 import ast
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-TASKS = ("gsm8k", "roleplay", "code", "near")
+TASKS = ("gsm8k", "roleplay", "code", "near", "docstring")
 IGNORED = -100
 MIN_ANSWER = 12
 WITH_INPUT = (
@@ -44,9 +46,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Example:
-    """Prompt, answer, and the document that both come from."""
+    """What is asked, what answers, and the document that both come from."""
 
-    prompt: str
+    instruction: str
+    context: str
     answer: str
     document: str
 
@@ -64,16 +67,16 @@ def read_jsonl(path: Path) -> list[dict[str, str]]:
 
 def gsm8k(path: Path) -> Iterator[Example]:
     for number, row in enumerate(read_jsonl(path)):
-        yield Example(alpaca(row["question"]), row["answer"], str(number))
+        yield Example(row["question"], "", row["answer"], str(number))
 
 
 def roleplay(path: Path) -> Iterator[Example]:
     for number, row in enumerate(read_jsonl(path)):
-        yield Example(alpaca(row["instruction"], row.get("input", "")), row["output"], str(number))
+        yield Example(row["instruction"], row.get("input", ""), row["output"], str(number))
 
 
-def code() -> Iterator[Example]:
-    """Functions with a docstring from the standard library of the running interpreter."""
+def functions() -> Iterator[tuple[str, str, str, str]]:
+    """File, head with docstring, body and docstring of functions of the running interpreter's standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(file.parts):
@@ -81,10 +84,21 @@ def code() -> Iterator[Example]:
         source = file.read_text(encoding="utf-8", errors="replace")
         lines = source.splitlines()
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 2:
+            if isinstance(node, ast.FunctionDef) and (docstring := ast.get_docstring(node)) and len(node.body) > 2:
                 head = "\n".join(lines[node.lineno - 1 : node.body[0].end_lineno])
                 body = "\n".join(lines[node.body[1].lineno - 1 : node.end_lineno])
-                yield Example(alpaca("Complete this Python function.", head), body, str(file))
+                yield str(file), head, body, docstring
+
+
+def code() -> Iterator[Example]:
+    for file, head, body, _ in functions():
+        yield Example("Complete this Python function.", head, body, file)
+
+
+def docstring() -> Iterator[Example]:
+    """The body without signature: names of parameters in the answer have to be read from the code."""
+    for file, _, body, answer in functions():
+        yield Example("Write a docstring for this Python code.", body, answer, file)
 
 
 def near(documents: list[str]) -> Iterator[Example]:
@@ -96,17 +110,27 @@ def near(documents: list[str]) -> Iterator[Example]:
     for number, document in enumerate(documents):
         paragraphs = [part.strip() for part in document.split("\n\n") if len(part.strip()) > 80]
         for first, second in pairwise(paragraphs):
-            yield Example(alpaca("Continue the text.", first), second, str(number))
+            yield Example("Continue the text.", first, second, str(number))
+
+
+def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids up to where the answer starts, by the tokenizer's chat template or alpaca's prompt."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(alpaca(example.instruction, example.context), verbose=False)["input_ids"])
+    content = "\n\n".join(part for part in (example.instruction, example.context) if part)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def tokenize(
     example: Example, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> tuple[list[int], list[int]] | None:
     """Ids and labels, or None if too little of the answer is left within `max_length`."""
-    prompt = tokenizer(example.prompt, verbose=False)["input_ids"]
+    prompt = prompt_ids(example, tokenizer)
     answer = tokenizer(example.answer, add_special_tokens=False, verbose=False)["input_ids"]
-    answer = [*answer, tokenizer.eos_token_id]
-    ids = (prompt + answer)[:max_length]
+    ids = [*prompt, *answer, tokenizer.eos_token_id][:max_length]
     if len(ids) - len(prompt) < MIN_ANSWER:
         return None
     return ids, [IGNORED] * len(prompt) + ids[len(prompt) :]
@@ -133,8 +157,8 @@ def build_task(
     """
     if name == "near":
         examples = list(near(heldout_documents()))
-    elif name == "code":
-        examples = list(code())
+    elif name in ("code", "docstring"):
+        examples = list(code() if name == "code" else docstring())
     elif name in ("gsm8k", "roleplay"):
         examples = list((gsm8k if name == "gsm8k" else roleplay)(paths[name]))
     else:

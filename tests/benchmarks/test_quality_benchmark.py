@@ -1,9 +1,8 @@
-"""The quality benchmark: masks, rates, cut grid, frozen prefix, and figures of merit on made-up evidence."""
+"""The quality benchmark: masks, jobs, cached states, frozen prefix, curves and laws on made-up runs."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
+FOLDER = Path(__file__).parent.parent.parent / "benchmarks" / "quality"
 sys.path.insert(0, str(FOLDER))
 
-import evidence  # noqa: E402
-import merits  # noqa: E402
-import oracle  # noqa: E402
+import curves  # noqa: E402
+import jobs  # noqa: E402
+import laws  # noqa: E402
+import measure  # noqa: E402
 import pretrain  # noqa: E402
+import states  # noqa: E402
 import students  # noqa: E402
 import tasks  # noqa: E402
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,35 +34,52 @@ def tokenizer() -> Any:
     return pretrain.train_tokenizer(["one two three four five six seven eight nine ten\n" * 20], vocab_size=300)
 
 
-def made_up_pair(exponent: float, *, model: str = "m", task: str = "t", layers: int = 6) -> evidence.Pair:
-    """A pair whose measured retention follows equal weights and `exponent` exactly, with an improvement of 2 nats."""
-    kept = (1 - np.arange(layers) / layers) ** exponent
-    rows = {"cosine": [[1.0] * (layers + 1)] * 4, "tokens": [[1.0]] * 4}
-    losses = {k: {0: 5.0 - 2.0 * float(r)} for k, r in enumerate(kept)}
-    signals = {"rows": rows, "layers": {"spectrum": [1.0] * layers}}
-    return evidence.Pair(model, task, layers, 5.0, list(range(layers)), losses, {}, {}, {}, signals)
+@pytest.fixture(scope="module", params=["llama", "neox"])
+def model(request: pytest.FixtureRequest) -> Any:
+    model = pretrain.build_model(request.param, size="quick", vocab_size=50, seed=0)
+    model.config.use_cache = False
+    return model
 
 
-def test_only_the_answer_carries_labels(tokenizer: Any) -> None:
-    example = tasks.Example(tasks.alpaca("one two"), "three four five six seven eight nine ten " * 3, "0")
+@pytest.fixture(scope="module")
+def rows() -> list[students.Row]:
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for length in (9, 5, 7):
+        ids = torch.randint(0, 50, (length,), generator=generator).tolist()
+        found.append((ids, [tasks.IGNORED] * 2 + ids[2:]))
+    return found
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_only_the_answer_carries_labels(tokenizer: Any, template: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    example = tasks.Example("one two", "", "three four five six seven eight nine ten " * 3, "0")
     row = tasks.tokenize(example, tokenizer, max_length=500)
     assert row is not None
     ids, labels = row
     answered = [token for token in labels if token != tasks.IGNORED]
+    asked = "<user>one two\n<assistant>" if template else tasks.alpaca("one two")
     assert tokenizer.decode(answered) == example.answer + pretrain.END
-    assert tokenizer.decode(ids[: len(ids) - len(answered)]) == example.prompt
+    assert tokenizer.decode(ids[: len(ids) - len(answered)]) == asked
 
 
 def test_a_row_without_room_for_an_answer_is_dropped(tokenizer: Any) -> None:
-    example = tasks.Example("one two three " * 50, "four five six seven eight nine ten " * 5, "0")
-    prompt = len(tokenizer(example.prompt)["input_ids"])
+    example = tasks.Example("one two three " * 50, "", "four five six seven eight nine ten " * 5, "0")
+    prompt = len(tasks.prompt_ids(example, tokenizer))
     assert tasks.tokenize(example, tokenizer, max_length=prompt + tasks.MIN_ANSWER - 1) is None
+    assert tasks.tokenize(example, tokenizer, max_length=prompt + tasks.MIN_ANSWER) is not None
 
 
 def test_code_task_shows_the_docstring_and_hides_the_body() -> None:
     example = next(tasks.code())
-    assert "def " in example.prompt and '"""' in example.prompt
-    assert example.answer.strip() and example.answer not in example.prompt
+    assert "def " in example.context and '"""' in example.context
+    assert example.answer.strip() and example.answer not in example.context
+
+
+def test_docstring_task_is_the_other_way_round() -> None:
+    example = next(tasks.docstring())
+    assert '"""' not in example.context and example.answer.strip() and example.answer not in example.context
 
 
 def test_bigram_beats_unigram_on_alternating_text() -> None:
@@ -66,119 +89,142 @@ def test_bigram_beats_unigram_on_alternating_text() -> None:
     assert bigram == pytest.approx(-np.log(0.95 + 0.05 * 0.5), abs=1e-3)
 
 
-@pytest.mark.parametrize(("layers", "points"), [(12, 8), (24, 9), (4, 8), (32, 9)])
-def test_grid_starts_at_all_layers_and_ends_with_the_last(layers: int, points: int) -> None:
-    cuts = oracle.grid(layers, points)
-    assert cuts[0] == 0 and cuts[-1] == layers - 1 and cuts == sorted(set(cuts)) and len(cuts) <= points
-
-
-class Bowl(oracle.Sweep):
-    """A sweep whose loss is a bowl around the rate `best`, 5 nats below the base, and breaks down above `breaks`."""
-
-    best, breaks = 1e-2, math.inf
-
-    def base_loss(self) -> float:
-        return 10.0
-
-    def loss(self, kind: str, index: int, learning_rate: float, seed: int, steps: int | None = None) -> float:
-        self.asked = [*getattr(self, "asked", []), learning_rate]
-        return 9.9 if learning_rate > self.breaks else 5 + float(np.log(learning_rate / self.best) ** 2)
-
-
-@pytest.fixture
-def bowl(tmp_path: Path) -> Bowl:
-    model = pretrain.build_model("llama", size="quick", vocab_size=50, seed=0)
-    data, runs = tasks.Rows(train=[], heldout=[]), oracle.Runs(tmp_path / "runs.jsonl")
-    return Bowl("m", "t", model=model, data=data, cuts=[0, 3, 6, 9, 11], runs=runs, steps=1, rows=1)
-
-
-@pytest.mark.parametrize("best", [5e-4, 3e-3, 0.018, 0.2])
-def test_the_tuned_rate_was_measured_and_is_within_half_a_step(bowl: Bowl, best: float) -> None:
-    bowl.best = best
-    found = bowl.tuned_rate("cut", 0)
-    assert found in bowl.asked and len(bowl.asked) <= 7
-    assert max(found / best, best / found) < 1.83
-
-
-def test_of_rates_as_good_as_each_other_the_lowest_is_taken(bowl: Bowl) -> None:
-    assert bowl.lowest_good({1e-3: 7.0, 1e-2: 5.04, 2e-2: 5.0, 3e-2: 9.0}) == 1e-2
-
-
-def test_an_interpolated_rate_that_diverges_is_halved(bowl: Bowl) -> None:
-    bowl.breaks = 9e-3
-    rates = bowl.rates()
-    assert set(rates) == set(range(12)) and all(rates[cut] <= 9e-3 for cut in bowl.cuts)
-
-
-@pytest.mark.parametrize("arch", ["llama", "neox"])
-def test_upper_layers_on_cached_states_are_the_whole_model(arch: str) -> None:
-    model = pretrain.build_model(arch, size="quick", vocab_size=50, seed=0)
-    model.config.use_cache = False
-    generator = torch.Generator().manual_seed(1)
-    rows = []
-    for length in (9, 5, 7):
-        ids = torch.randint(0, 50, (length,), generator=generator).tolist()
-        rows.append((ids, [tasks.IGNORED] * 2 + ids[2:]))
-    cached = students.cache_states(model, rows, [0, 5, 11])
-    for cut in (0, 5, 11):
+def test_upper_layers_on_states_from_disk_are_the_whole_model(
+    model: Any, rows: list[students.Row], tmp_path: Path
+) -> None:
+    depths = [0, 5, 11]
+    states.write_rows(tmp_path, tasks.Rows(train=rows, heldout=rows))
+    states.write_states(model, tmp_path, "heldout", rows, depths)
+    for cut in depths:
+        cached = states.read_cached(tmp_path, "heldout", states.read_rows(tmp_path).heldout, cut)
         students.check_upper_part(model, rows, cached, cut)
 
 
-@pytest.mark.parametrize("arch", ["llama", "neox"])
-def test_single_layer_run_trains_that_layer_alone(arch: str) -> None:
-    model = pretrain.build_model(arch, size="quick", vocab_size=50, seed=0)
-    model.config.use_cache = False
-    student = students.trainable(model, kind="single", cut=8, seed=0)
-    names = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
-    assert names and all(".layers.0." in name for name in names)
-    everything = students.trainable(model, kind="cut", cut=8, seed=0)
-    found = {name.split(".layers.")[1].split(".")[0] for name, p in everything.named_parameters() if p.requires_grad}
-    assert found == {"0", "1", "2", "3"}
+def test_wrong_states_are_refused(model: Any, rows: list[students.Row], tmp_path: Path) -> None:
+    states.write_states(model, tmp_path, "heldout", rows, [5, 6])
+    wrong = states.read_cached(tmp_path, "heldout", rows, 6)
+    with pytest.raises(ValueError, match="not equivalent"):
+        students.check_upper_part(model, rows, students.Cached(wrong.labels, {5: wrong.states[6]}), 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "last", "trained"),
+    [("single", None, {"0"}), ("cut", None, {"0", "1", "2", "3"}), ("block", 9, {"0", "1"})],
+)
+def test_only_the_layers_of_the_run_are_trained(model: Any, kind: str, last: int | None, trained: set[str]) -> None:
+    student = students.trainable(model, kind=kind, cut=8, last=last, seed=0)
+    found = {name.split(".layers.")[1].split(".")[0] for name, p in student.named_parameters() if p.requires_grad}
+    assert found == trained
+
+
+def test_training_lowers_the_loss_of_its_rows(model: Any, rows: list[students.Row], tmp_path: Path) -> None:
+    states.write_states(model, tmp_path, "train", rows, [8])
+    cached = states.read_cached(tmp_path, "train", rows, 8)
+    student = students.trainable(model, kind="cut", cut=8, seed=0)
+    before = students.heldout_loss(student, cached, 8)
+    steps = students.finetune(student, cached, cut=8, learning_rate=1e-2, seed=0, steps=12, rows=3)
+    assert len(steps) == 12 and steps[0] == pytest.approx(before, rel=0.02)  # in training, the same rows in bfloat16
+    assert students.heldout_loss(student, cached, 8) < before - 0.1
+
+
+def test_signals_are_the_models_own_losses(model: Any, rows: list[students.Row], tmp_path: Path) -> None:
+    states.write_states(model, tmp_path, "heldout", rows, [0])
+    found = measure.forward_signals(model, rows)
+    tokens = [row[0] for row in found["tokens"]]
+    assert tokens == [sum(label != tasks.IGNORED for label in labels[1:]) for _, labels in rows]
+    losses = students.row_losses(model, states.read_cached(tmp_path, "heldout", rows, 0), 0)
+    # row_losses runs in bfloat16 autocast: 8 bits of mantissa
+    assert [row[-1] for row in found["logit_lens"]] == pytest.approx(losses, rel=2**-7)
+
+
+GRID: dict[str, Any] = {
+    "jobs": [
+        {"kind": "cut", "tasks": ["a", "b"], "seeds": [0], "steps": 40, "rates": {"0": 0.003, "8": [0.003, 0.006]}},
+        {"kind": "signals", "tasks": ["a"]},
+        {"kind": "block", "tasks": ["a"], "steps": 40, "rate": 0.01, "blocks": [[0, 4], [5, 9]]},
+        {"kind": "cut", "tasks": ["a"], "seeds": [0, 1], "steps": 40, "rates": {"0": 0.003}},
+    ]
+}
+
+
+def test_a_grid_is_expanded_in_order_and_each_run_once() -> None:
+    names = [job.name for job in jobs.expand(GRID, "m")]
+    assert names == [
+        "a/cut-0-lr0.003-s0-n40", "a/cut-8-lr0.003-s0-n40", "a/cut-8-lr0.006-s0-n40",
+        "b/cut-0-lr0.003-s0-n40", "b/cut-8-lr0.003-s0-n40", "b/cut-8-lr0.006-s0-n40",
+        "a/signals", "a/block-0-4-lr0.01-s0-n40", "a/block-5-9-lr0.01-s0-n40", "a/cut-0-lr0.003-s1-n40",
+    ]  # fmt: skip
+
+
+def test_a_claimed_run_is_nobody_elses_until_its_worker_lets_go(tmp_path: Path) -> None:
+    first, second = jobs.Folder(tmp_path), jobs.Folder(tmp_path)
+    with first.claimed("a/run") as mine, second.claimed("a/run") as theirs, second.claimed("a/other") as other:
+        assert (mine, theirs, other) == (True, False, True)
+    with second.claimed("a/run") as free:
+        assert free
+
+
+def made_up_runs(tmp_path: Path) -> curves.Curve:
+    """Base 5, all layers 3; cut 4 keeps .5 at the best rate with seed 0 and .6 with seed 1; a pilot keeps .4."""
+    folder = jobs.Folder(tmp_path)
+    for index, rate, seed, steps, loss in (
+        (0, 0.1, 0, 40, 3.0), (0, 0.1, 1, 40, 3.0), (0, 0.1, 0, 8, 4.0), (4, 0.1, 0, 40, 4.5), (4, 0.2, 0, 40, 4.0),
+        (4, 0.2, 1, 40, 3.8), (4, 0.2, 0, 8, 4.6),
+    ):  # fmt: skip
+        job = jobs.Job("m", "t", "cut", index, None, rate, seed, steps)
+        folder.write(job, {"loss": loss, "row_loss": [loss, loss * 3]})
+    (tmp_path / "states" / "t").mkdir(parents=True)
+    base = {"loss": 5.0, "row_loss": [5.0, 15.0], "row_tokens": [1, 3]}
+    (tmp_path / "states" / "t" / "base.json").write_text(json.dumps(base), encoding="utf-8")
+    (curve,) = curves.read(tmp_path)
+    return curve
+
+
+def test_retention_is_taken_at_the_best_rate_of_the_first_seed(tmp_path: Path) -> None:
+    curve = made_up_runs(tmp_path)
+    assert curve.rate(4) == 0.2
+    assert curve.retention() == pytest.approx({0: 1.0, 4: 0.55})
+    assert curve.retention(seed=0) == pytest.approx({0: 1.0, 4: 0.5})
+    assert curve.retention(steps=8) == pytest.approx({0: 1.0, 4: 0.4})
+
+
+def test_rows_that_agree_have_no_noise(tmp_path: Path) -> None:
+    assert made_up_runs(tmp_path).row_noise(4) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_saved_evidence_reads_the_same(tmp_path: Path) -> None:
+    import analyse
+
+    curve = made_up_runs(tmp_path / "work")
+    analyse.save(tmp_path / "work", tmp_path / "kept")
+    (again,) = curves.read(tmp_path / "kept")
+    assert (again.retention(), again.base, again.row_noise(4)) == (curve.retention(), curve.base, curve.row_noise(4))
+
+
+def test_descent_counts_a_state_as_no_better_than_any_later_one() -> None:
+    # states 0..4; the rise at state 3 lifts what states 1 and 2 have still to do
+    assert laws.descent(np.array([9.0, 3.0, 2.0, 4.0, 0.0])) == pytest.approx([1.0, 1.0, 1.0, 1.0])
+    assert laws.descent(np.array([9.0, 4.0, 2.0, 1.0, 0.0])) == pytest.approx([1.0, 1.0, 0.5, 0.25])
 
 
 def test_known_exponent_is_recovered() -> None:
-    pairs = [made_up_pair(0.15, task=task) for task in "abc"]
-    assert merits.fit_constant(pairs, "uniform")(pairs[0]) == pytest.approx(0.15, abs=1e-4)
-    assert merits.calibration(pairs, "uniform", lambda rest: merits.fit_constant(rest, "uniform"))["mae"] < 1e-4
+    shape = laws.equal(6)
+    kept = {k: float(shape[k] ** 0.3) for k in range(6)}
+    assert laws.exponent(shape, kept) == pytest.approx(0.3, abs=1e-4)
+    assert np.abs(laws.errors(shape, 0.3, kept)).max() < 1e-9
 
 
-def test_left_out_pair_has_no_part_in_its_exponent() -> None:
-    pairs = [made_up_pair(0.1, task="a"), made_up_pair(0.1, task="b"), made_up_pair(0.4, task="c")]
-    left = {p.task: b for p, b in merits.leave_out(pairs, "task", lambda rest: merits.fit_constant(rest, "uniform"))}
-    assert left["c"] == pytest.approx(0.1, abs=1e-4)
+def test_a_curve_through_pilots_meets_them_and_is_exact_where_the_law_holds() -> None:
+    shape = laws.equal(10)
+    curve = laws.through_pilots(shape, {0: 1.0, 5: 0.8, 8: 0.4})
+    assert curve[[0, 5, 8]] == pytest.approx([1.0, 0.8, 0.4])
+    assert (np.diff(curve) <= 1e-12).all()
+    held = shape**0.37
+    assert laws.through_pilots(shape, {5: float(held[5])}) == pytest.approx(held)
+    assert laws.through_pilots(shape, {5: float(held[5])}, power=2.0) == pytest.approx(held**2)
 
 
-def test_best_cuts_take_depth_from_where_it_matters_least() -> None:
-    steep, flat = made_up_pair(0.5, task="steep"), made_up_pair(0.01, task="flat")
-    assert merits.best_cuts([steep, flat], 0.75) == [1, 5]
-    assert merits.best_cuts([steep, flat], 1.0) == [0, 0]
-    longer = made_up_pair(0.5, task="longer", layers=8)
-    cuts = merits.best_cuts([steep, longer], 0.8)
-    spent = [merits.step_cost(steep, cuts[0]), merits.step_cost(longer, cuts[1])]
-    assert sum(spent) / 2 <= 0.8
-
-
-def test_what_one_seed_knows_is_judged_by_the_others() -> None:
-    pair, other = made_up_pair(0.1, task="a"), made_up_pair(0.3, task="b")
-    for p in (pair, other):  # the second seed has the curve of the other task
-        p.losses.update({k: {0: p.losses[k][0]} for k in p.cuts})
-    for k in pair.cuts:
-        pair.losses[k][1], other.losses[k][1] = other.losses[k][0], pair.losses[k][0]
-    known, fixed = merits.across_seeds([pair, other], 0.75)
-    assert known < fixed
-
-
-def test_evidence_is_read_from_the_lines_of_the_sweep(tmp_path: Path) -> None:
-    common = {"model": "m", "task": "t", "seed": 0, "steps": 10, "kind": "cut", "learning_rate": 0.1}
-    lines: list[dict[str, Any]] = [
-        {**common, "kind": "base", "index": -1, "steps": 0, "loss": 5.0},
-        {**common, "index": 0, "loss": 3.0},
-        {**common, "kind": "tune-cut", "index": 0, "loss": 2.5},
-        {**common, "index": 1, "loss": 4.0},
-    ]
-    (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    (tmp_path / "signals").mkdir()
-    signals = {"model": "m", "task": "t", "rows": {}, "layers": {"spectrum": [1.0, 1.0]}}
-    (tmp_path / "signals" / "m-t.json").write_text(json.dumps(signals), encoding="utf-8")
-    (pair,) = evidence.load(tmp_path)
-    assert pair.retention(1) == pytest.approx(0.5)
+def test_the_left_out_task_has_no_part_in_its_law(tmp_path: Path) -> None:
+    three = [curves.Curve("m", task, 6, 5.0, []) for task in "aab"]
+    left = laws.leave_out(three, lambda c: c.task)
+    assert [[o.task for o in rest] for _, rest in left] == [["b"], ["b"], ["a", "a"]]

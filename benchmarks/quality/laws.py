@@ -1,0 +1,85 @@
+"""From what is known before training to a retention curve. Pure functions over numpy arrays; L layers, states 0..L.
+
+A law has a shape s(k), 1 at k = 0 and falling towards 0 at k = L, and one exponent: retention(k) = s(k) ** gamma.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from curves import Array, Curve
+from scipy.optimize import minimize_scalar
+
+FLOOR = 1e-6
+
+
+def equal(layers: int) -> Array:
+    """The share of layers that are trained: the shape that sees no data."""
+    return 1 - np.arange(layers) / layers
+
+
+def descent(deviation_S: Array) -> Array:
+    """The share of the fall of the deviation that layers k..L-1 have still to do, (L,).
+
+    State k counts as no better than any later state; state 0, the embedding, is left out.
+    """
+    highest_S = np.maximum.accumulate(deviation_S[::-1])[::-1]
+    share_S = (highest_S - deviation_S[-1]) / max(highest_S[1] - deviation_S[-1], 1e-12)
+    return np.asarray(np.clip(share_S[:-1], FLOOR, 1))
+
+
+def shapes(curve: Curve) -> dict[str, Array]:
+    """The shapes that one forward pass gives, and their means in logarithms with equal weights."""
+    even = equal(curve.layers)
+    cosine, lens = descent(curve.state_mean("cosine")), descent(curve.state_mean("logit_lens"))
+    return {
+        "equal": even,
+        "cosine": cosine,
+        "lens": lens,
+        "cosine x lens": np.sqrt(cosine * lens),
+        "equal x cosine": np.sqrt(even * cosine),
+        "equal x lens": np.sqrt(even * lens),
+        "equal + cosine": (even + cosine) / 2,
+        "equal + lens": (even + lens) / 2,
+        "equal + cosine + lens": (even + cosine + lens) / 3,
+    }
+
+
+def exponent(shape_L: Array, kept: Mapping[int, float]) -> float:
+    """The gamma with the least mean absolute error at the given cuts (cut 0 tells nothing)."""
+    return pooled_exponent([(shape_L, kept)])
+
+
+def pooled_exponent(pairs: list[tuple[Array, Mapping[int, float]]]) -> float:
+    """One gamma for several curves."""
+
+    def loss(log_gamma: float) -> float:
+        return float(np.mean([abs(errors(s, np.exp(log_gamma), kept)).mean() for s, kept in pairs]))
+
+    return float(np.exp(minimize_scalar(loss, bounds=(np.log(1e-3), np.log(3.0)), method="bounded").x))
+
+
+def errors(shape_L: Array, gamma: float, kept: Mapping[int, float]) -> Array:
+    """Predicted minus measured retention at every measured cut but cut 0."""
+    cuts = [cut for cut in sorted(kept) if cut]
+    return shape_L[cuts] ** gamma - np.array([kept[cut] for cut in cuts])
+
+
+def through_pilots(shape_L: Array, kept: Mapping[int, float], power: float = 1.0) -> Array:
+    """Retention of every cut from pilots at a few: ln retention is piecewise linear in ln s, through (0, 0).
+
+    Args:
+        power: what a pilot's retention is raised to, because short pilots keep less than the whole run will.
+    """
+    cuts = sorted((cut for cut in kept if cut), key=lambda cut: shape_L[cut], reverse=True)
+    x = [0.0, *(float(np.log(shape_L[cut])) for cut in cuts)]
+    y = [0.0, *(power * float(np.log(np.clip(kept[cut], FLOOR, 1.0))) for cut in cuts)]
+    y = list(np.minimum.accumulate(y))
+    slope = y[-1] / x[-1] if x[-1] else 0.0
+    log_s = np.log(shape_L)
+    inner = np.interp(-log_s, -np.array(x), y)
+    return np.asarray(np.exp(np.where(log_s < x[-1], slope * log_s, inner)))
+
+
+def leave_out(curves: list[Curve], by: Callable[[Curve], str]) -> list[tuple[Curve, list[Curve]]]:
+    """Each curve with all that share nothing with it by the given key."""
+    return [(curve, [other for other in curves if by(other) != by(curve)]) for curve in curves]
