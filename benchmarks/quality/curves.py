@@ -125,5 +125,5 @@ def curves(runs: list[Run], signals: list[dict[str, Any]]) -> Iterable[Curve]:
         found = dict(by_pair.get((model, task), {}))
         if "row_loss" in base:
             found["base"] = base
-        layers = len(found["rows"]["miss"][0]) if "rows" in found else 1 + max(run["index"] for run in mine)
+        layers = len(found["rows"]["cosine"][0]) - 1 if "rows" in found else 1 + max(run["index"] for run in mine)
         yield Curve(model, task, layers, base["loss"], mine, found)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from axolotl_layersel.method.label_semantics import semantic_bases
-from axolotl_layersel.method.transition import cosine_deviation, factual_transition, transition_miss, virtual_transition
+from axolotl_layersel.method.transition import cosine_deviation
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.latent_states import read_states
 
@@ -40,7 +40,7 @@ def forward_signals(model: PreTrainedModel, rows: list[Row]) -> dict[str, list[l
     bases, norm = semantic_bases(weight_VD.float()), copy.deepcopy(stack.final_norm).float()
     model.eval()
     labels = [torch.tensor(label) for _, label in rows]
-    columns = {"cosine": layers + 1, "logit_lens": layers + 1, "top1": layers + 1, "miss": layers, "turned": layers}
+    columns = {"cosine": layers + 1, "logit_lens": layers + 1, "top1": layers + 1, "turned": layers}
     sums = {name: torch.zeros(len(rows), width, dtype=torch.float64) for name, width in columns.items()}
     sums["tokens"] = torch.zeros(len(rows), 1, dtype=torch.float64)
     for batch in by_length(labels, 16):
@@ -66,11 +66,8 @@ def forward_signals(model: PreTrainedModel, rows: list[Row]) -> dict[str, list[l
             add("top1", state, logits_NV.argmax(-1) == labels_N)
             add("cosine", state, cosine_deviation(r_ND, bases_ND))
             if before:
-                last_h_ND, last_r_ND = before.pop(0), before.pop(0)
-                virtual = virtual_transition(last_r_ND, bases_ND)
-                add("miss", state - 1, transition_miss(factual_transition(last_r_ND, r_ND), virtual))
-                add("turned", state - 1, 1 - F.cosine_similarity(last_h_ND, h_ND, dim=-1))
-            before.extend((h_ND, r_ND))
+                add("turned", state - 1, 1 - F.cosine_similarity(before.pop(), h_ND, dim=-1))
+            before.append(h_ND)
 
         add("tokens", 0, torch.ones(len(row_N)))
         with torch.autocast(device.type, torch.bfloat16, enabled=weight_VD.dtype == torch.bfloat16):
