@@ -28,7 +28,7 @@ from axolotl_layersel.method.calibration import Sample, draw_rows
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.plan import Plan, PlanError, ScoredSample, read_plan
-from axolotl_layersel.report.table import Progress
+from axolotl_layersel.report.progress import progress
 
 LOG = get_logger("axolotl.integrations.layersel")
 
@@ -158,7 +158,7 @@ def _scored_plan(
     check_whole(model)
     place(model)
     share = len(range(processes.rank, len(sample.rows), processes.world_size))
-    with ready_to_run(model, stack), Progress(share, enabled=processes.is_main) as progress:
+    with ready_to_run(model, stack), progress(share, enabled=processes.is_main) as advance:
         scored = score_layers(
             model,
             sample.rows,
@@ -173,7 +173,7 @@ def _scored_plan(
             autocast=autocast_of(cfg),
             share=(processes.rank, processes.world_size),
             together=processes.together,
-            progress=progress,
+            progress=advance,
         )
     plan = Plan(
         **_identity(cfg),

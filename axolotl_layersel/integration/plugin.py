@@ -31,7 +31,7 @@ from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.report.model_card import add_to_model_card
 from axolotl_layersel.report.step_timer import StepTimer
-from axolotl_layersel.report.trackers import tracker_callback
+from axolotl_layersel.report.trackers import PlanTracker
 from axolotl_layersel.training import backward_cut as frontier
 from axolotl_layersel.training.plan_guard import NoPlanGuard, PlanGuard
 from axolotl_layersel.training.trained_below_cut import obstacles
@@ -141,7 +141,7 @@ class LayerSelPlugin(BasePlugin):
                 reentrant=settings.reentrant(cfg),
             ),
             StepTimer(current.plan, trainer=trainer),
-            tracker_callback(current.plan, settings.plan_path(cfg).parent, trainer=trainer),
+            PlanTracker(current.plan, settings.plan_path(cfg).parent, trainer=trainer),
         ]
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:

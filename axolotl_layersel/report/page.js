@@ -3,50 +3,34 @@
 const plan = JSON.parse(document.getElementById("plan").textContent);
 const slider = document.getElementById("first");
 const reset = document.getElementById("reset");
-const ratio = (value) => (value % 0.5 === 0.125 ? value - 1e-9 : value).toFixed(2); // ties to even, as in the log
-
-function layers(first) {
-  const last = plan.layers - 1;
-  return first === last ? `layer ${last}` : `layers ${first} to ${last}`;
-}
-
-function amount(curve, value) {
-  if (!curve.whole) return "";
-  const whole = curve.whole * value;
-  const most = curve.units.length - 1;
-  const power = whole > 0 ? Math.max(0, Math.min(most, Math.floor(Math.log(whole) / Math.log(curve.base) + 1e-9))) : 0;
-  return `${(whole / curve.base ** power).toFixed(1)} ${curve.units[power]}`.trim();
-}
 
 function show(first) {
-  const told = [];
-  for (const tile of document.querySelectorAll(".tile[data-curve]")) {
-    const curve = plan.curves[tile.dataset.curve];
-    tile.querySelector("b").textContent = ratio(curve.values[first]);
-    tile.querySelector("rect").setAttribute("width", Math.min(100, 100 * Math.max(0, curve.values[first])));
-    tile.querySelector(".amount").textContent = amount(curve, curve.values[first]);
-    told.push(`${curve.label} ${ratio(curve.values[first])}`);
+  for (const tile of document.querySelectorAll(".tile")) {
+    const name = tile.dataset.curve;
+    tile.querySelector("b").textContent = plan.ratios[name][first];
+    tile.querySelector("rect").setAttribute("width", Math.min(100, 100 * Math.max(0, plan.curves[name][first])));
+    tile.querySelector(".amount").textContent = plan.amounts[name][first];
   }
-  const trained = `${layers(first)} trained (${plan.layers - first} of ${plan.layers})`;
   slider.setAttribute("aria-valuetext", `first trainable layer ${first}`);
   document.getElementById("at").textContent = first;
-  document.getElementById("told").textContent = `Cut at ${first}: ${[trained, ...told].join(", ")}.`;
+  document.getElementById("sentence").textContent = plan.sentences[first];
   reset.disabled = first === plan.first;
   for (const layer of document.querySelectorAll("[data-layer]")) {
     const frozen = Number(layer.dataset.layer) < first;
     layer.classList.toggle("frozen", frozen);
     layer.classList.toggle("trained", !frozen);
   }
-  for (const cut of document.querySelectorAll(".chart .cut")) {
-    const x = Number(cut.dataset.zero) + first * Number(cut.dataset.step);
-    const ground = cut.querySelector(".ground");
-    ground.setAttribute("width", Math.max(0, x - Number(ground.getAttribute("x"))));
-    cut.querySelector(".edge").setAttribute("x1", x);
-    cut.querySelector(".edge").setAttribute("x2", x);
-    cut.classList.toggle("hidden", first === 0);
-    for (const point of cut.parentNode.querySelectorAll(".point")) {
-      point.setAttribute("cx", x);
-      point.setAttribute("cy", point.dataset.y.split(" ")[first]);
+  for (const chart of document.querySelectorAll(".chart")) {
+    const frame = JSON.parse(chart.dataset.frame);
+    const x = frame.zero + first * frame.step;
+    const [ground, edge] = [chart.querySelector(".ground"), chart.querySelector(".edge")];
+    ground.firstElementChild.setAttribute("d", `M${frame.left} ${frame.bottom}H${x}V${frame.top}H${frame.left}Z`);
+    edge.firstElementChild.setAttribute("d", `M${x} ${frame.bottom}V${frame.top}`);
+    for (const part of [ground, edge]) part.classList.toggle("hidden", first === 0);
+    for (const point of chart.querySelectorAll(".point")) {
+      const mark = point.querySelector("use");
+      mark.setAttribute("x", x);
+      mark.setAttribute("y", frame.base - frame.unit * plan.curves[point.dataset.curve][first]);
     }
   }
 }
@@ -57,6 +41,6 @@ reset.addEventListener("click", () => {
   show(plan.first);
   slider.focus();
 });
-slider.style.setProperty("--layers", plan.layers);
+slider.style.setProperty("--layers", plan.sentences.length);
 document.getElementById("control").hidden = false;
 show(Number(slider.value)); // a browser may have kept the slider's place over a reload

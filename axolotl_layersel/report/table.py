@@ -1,31 +1,20 @@
-"""What a person reads about a plan in a log: the progress bar, the table, the sentences under it.
+"""What a person reads about a plan in a log: the table, and the sentences under it.
 
 The sentences and numbers come from `wording.py`. The bars of the table turn to `#` on a terminal that has only ASCII.
 """
 
 from __future__ import annotations
 
-import io
-import logging
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from types import TracebackType
-
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from rich.segment import Segment
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from axolotl_layersel.plan import Plan
-from axolotl_layersel.report.wording import dataset_name, mode_name, model_name, notes, summary
-
-LOG = logging.getLogger("axolotl.integrations.layersel")
+from axolotl_layersel.report.wording import notes, subject, summary
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -39,8 +28,7 @@ def table(plan: Plan) -> RenderableType:
         lines.add_row(name, Text(text))
     for note in notes(plan):
         lines.add_row("note", Text(note, style="yellow"))
-    subject = ", ".join(part for part in (model_name(plan), mode_name(plan), dataset_name(plan)) if part)
-    return Group(Text(subject, style="bold", overflow="ellipsis", no_wrap=True), "", _layers(plan), "", lines)
+    return Group(Text(subject(plan), style="bold", overflow="ellipsis", no_wrap=True), "", _layers(plan), "", lines)
 
 
 def _layers(plan: Plan) -> Table:
@@ -106,94 +94,3 @@ class Bar:
 def print_plan(plan: Plan, *, console: Console | None = None) -> None:
     """Print the table; without colour where the console is not a terminal."""
     (console or Console()).print(table(plan))
-
-
-def plan_text(plan: Plan, *, width: int = 80, ascii_only: bool = False) -> str:
-    """The table as plain text, without escape sequences and without blanks at line ends.
-
-    Args:
-        width: columns.
-        ascii_only: for a stream that cannot encode anything else.
-    """
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii" if ascii_only else "utf-8", errors="replace", newline="\n")
-    Console(file=stream, width=width, no_color=True, force_terminal=False, legacy_windows=False).print(table(plan))
-    stream.seek(0)
-    return "".join(f"{line.rstrip()}\n" for line in stream.read().splitlines())
-
-
-class Progress:
-    """Show how far scoring is: a bar on a terminal, a line now and then in a log file.
-
-    Use as `with Progress(rows) as advance:` and pass `advance` to `pipeline.score_layers`, which calls it with the
-    rows and tokens done so far.
-
-    Args:
-        rows: rows that this process scores.
-        enabled: False on every process but the first, which then shows nothing.
-        console: where the bar is drawn; by default the terminal's standard error.
-        interval: seconds between two lines of a log file.
-        clock: seconds, monotonic.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        *,
-        enabled: bool = True,
-        console: Console | None = None,
-        interval: float = 15.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.rows = rows
-        self.enabled = enabled
-        self.console = console or Console(stderr=True)
-        self.interval = interval
-        self.clock = clock
-        self._open = ExitStack()
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self._started = self._told = self.clock()
-        self._done = (0, 0)
-        if not self.enabled:
-            return lambda rows, tokens: None
-        if not self.console.is_terminal:
-            LOG.info("layersel: scoring %d rows", self.rows)
-            return self._log
-        bar = RichProgress(
-            SpinnerColumn(),
-            TextColumn("scoring layers"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} rows  {task.fields[rate]} tokens/s"),
-            TimeRemainingColumn(),
-            console=self.console,
-            expand=True,
-        )
-        self._open.enter_context(bar)
-        task = bar.add_task("", total=self.rows, rate="-")
-
-        def advance(rows: int, tokens: int) -> None:
-            self._done = (rows, tokens)
-            bar.update(task, completed=rows, rate=f"{self._rate():,.0f}")
-
-        return advance
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.close()
-        if self.enabled and kind is None:
-            rows, tokens = self._done
-            seconds = self.clock() - self._started
-            LOG.info("layersel: scored %d rows, %s tokens, in %.1f s", rows, f"{tokens:,}", seconds)
-
-    def _log(self, rows: int, tokens: int) -> None:
-        self._done = (rows, tokens)
-        now = self.clock()
-        if now - self._told < self.interval or rows >= self.rows:
-            return
-        self._told = now
-        left = (now - self._started) * (self.rows - rows) / max(rows, 1)
-        LOG.info("layersel: %d/%d rows, %s tokens/s, %.0f s left", rows, self.rows, f"{self._rate():,.0f}", left)
-
-    def _rate(self) -> float:
-        return self._done[1] / max(self.clock() - self._started, 1e-9)

@@ -27,17 +27,6 @@ REPORTING = tuple(INTEGRATION_TO_CALLBACK.values())
 WITH_CURVES = (TensorBoardCallback, MLflowCallback, WandbCallback, TrackioCallback)
 
 
-def tracker_callback(plan: Plan, folder: Path, *, trainer: Trainer) -> TrainerCallback:
-    """A callback that sends the plan to the trainer's trackers when training begins.
-
-    Args:
-        plan: the plan that the run applies.
-        folder: where the run's `plan.json`, and with `report: true` the figure and the page, were written.
-        trainer: whose reporting callbacks are used.
-    """
-    return PlanTracker(plan, folder, trainer=trainer)
-
-
 def values(plan: Plan) -> dict[str, float]:
     """All numbers of a plan under flat names, such as `layersel/gain/layer_07`; only those that the plan has."""
     flat = _main_values(plan)
@@ -53,7 +42,13 @@ def log_measured(trainer: Trainer, measured: dict[str, float]) -> None:
 
 
 class PlanTracker(TrainerCallback):  # type: ignore[misc]  # transformers is Any to mypy here
-    """Sends the plan once, after the trackers have opened their runs; only on the main process."""
+    """Sends the plan once, after the trackers have opened their runs; only on the main process.
+
+    Args:
+        plan: the plan that the run applies.
+        folder: where the run's `plan.json`, and with `report: true` the figure and the page, were written.
+        trainer: whose reporting callbacks are used.
+    """
 
     def __init__(self, plan: Plan, folder: Path, *, trainer: Trainer) -> None:
         self.plan = plan

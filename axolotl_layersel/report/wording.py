@@ -1,8 +1,8 @@
 """What a plan says, in words and in numbers: shared by the table, the figures, the page, the card and the trackers.
 
 Everything is made from the `Plan` alone and stays useful where parts of it are missing: a cut that was given by hand
-has no scores. Plans are shared as files, so every text that comes out of one here
-has its control characters removed: it can be printed on a terminal. Sentences of our own are ASCII.
+has no scores. Plans are shared as files, so every text that comes out of one here has its control characters removed:
+it can be printed on a terminal. Sentences of our own are ASCII.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from axolotl_layersel.plan import Plan
+from axolotl_layersel.plan import Plan, Prediction
 
 UNITS = {"cosine": "1 - cosine", "logit_lens": "logit lens (nats)"}
 BAND_95 = 1.96  # standard errors
@@ -65,6 +65,11 @@ def model_name(plan: Plan) -> str:
 def dataset_name(plan: Plan) -> str:
     """The data that the layers were scored on, or an empty string; for a file on this machine, its last part."""
     return ", ".join(_without_place(path) for path in plan.sample.datasets) if plan.sample else ""
+
+
+def subject(plan: Plan) -> str:
+    """Model, kind of training and data on one line."""
+    return ", ".join(part for part in (model_name(plan), mode_name(plan), dataset_name(plan)) if part)
 
 
 def _without_place(path: object) -> str:
@@ -129,7 +134,12 @@ def _trained(plan: Plan) -> str:
 def _predicted(plan: Plan) -> str:
     if plan.prediction is None:
         return "no cost is known for this plan."
-    told = ", ".join(f"{label} {getattr(plan.prediction, name):.2f}" for name, label in COSTS.items())
-    mode = f"{'with' if plan.prediction.gradient_checkpointing else 'without'} gradient checkpointing"
+    costs = ", ".join(f"{label} {getattr(plan.prediction, name):.2f}" for name, label in COSTS.items())
+    floor = f" No cut brings a step below {plan.prediction.floor:.2f}."
     why = f" {plan.prediction.why}" if plan.prediction.why else ""
-    return f"{told} of training every layer, {mode}.{why}"
+    return f"{costs} of training every layer, {checkpointing(plan.prediction)}.{floor}{why}"
+
+
+def checkpointing(prediction: Prediction) -> str:
+    """Under which gradient checkpointing a prediction holds."""
+    return f"{'with' if prediction.gradient_checkpointing else 'without'} gradient checkpointing"

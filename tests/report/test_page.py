@@ -17,6 +17,7 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from plans import given_plan, prediction, scored_plan
 
 from axolotl_layersel.plan import Plan, ScoredSample
-from axolotl_layersel.report.charts import charts
+from axolotl_layersel.report.inline_svg import inline_charts
 from axolotl_layersel.report.page import _json, render, write_report
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>\u2028</title></style><!--"
@@ -83,7 +84,8 @@ def many_plans() -> dict[str, Plan]:
 def test_a_page_needs_nothing_from_outside(plan: Plan) -> None:
     structure = Structure(render(plan, config_text="base_model: x\n"))
     for tag, attributes in structure.elements:
-        assert not {"src", "href", "style", "srcset", "action", "xlink:href"} & set(attributes), tag
+        assert not {"src", "style", "srcset", "action", "xlink:href"} & set(attributes), tag
+        assert (attributes.get("href") or "#").startswith("#"), "a marker of the same chart"
         assert not [name for name in attributes if name.startswith("on")], tag
         assert tag not in ("link", "iframe", "object", "embed", "base", "form", "img")
 
@@ -128,10 +130,11 @@ def test_the_data_are_the_plan_s_curves() -> None:
     _, data, _ = Structure(render(plan)).raw
     values = json.loads(data)
     assert plan.prediction and plan.scores
-    assert values["layers"] == 7 and values["first"] == plan.first_trainable
-    assert values["curves"]["retention"]["values"] == plan.scores.retention
+    assert len(values["sentences"]) == 7 and values["first"] == plan.first_trainable
+    assert values["curves"]["retention"] == plan.scores.retention
     for name in ("step", "backward", "saved_activation_bytes", "trainable_parameters"):
-        assert values["curves"][name]["values"] == getattr(plan.prediction.per_cut, name)
+        assert values["curves"][name] == getattr(plan.prediction.per_cut, name)
+        assert len(values["ratios"][name]) == len(values["amounts"][name]) == 7
 
 
 def test_texts_of_the_page() -> None:
@@ -155,27 +158,23 @@ def test_a_given_cut_shows_only_what_is_known() -> None:
     assert with_costs.count("<figure>") == 1 and "What every cut costs" in with_costs
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.data(), st.integers(1, 6))
-def test_charts_of_any_numbers_are_drawn_inside_their_frame(data: st.DataObject, num_layers: int) -> None:
-    def numbers(length: int) -> list[float]:
-        return data.draw(st.lists(st.floats(0, 20).map(lambda x: round(x, 4)), min_size=length, max_size=length))
-
-    plan = scored_plan(
-        num_layers=num_layers,
-        first_trainable=data.draw(st.integers(0, num_layers - 1)),
-        scores={
-            "deviation": numbers(num_layers + 1),
-            "deviation_stderr": numbers(num_layers + 1),
-            "gain": numbers(num_layers),
-        },
-    )
-    for chart in charts(plan):
-        assert "nan" not in chart and "inf" not in chart
-        places = [float(x) for x in re.findall(r' (?:x|y|cx|cy|x1|x2)="([^"]*)"', chart)]
-        assert places and all(0 <= place <= 360 for place in places)
-        labels = re.findall(r'text-anchor="end">(-?[\d.]+)<', chart)
-        assert 2 <= len(labels) == len(set(labels)), "every line of the grid has its own number"
+@pytest.mark.parametrize("plan", many_plans().values(), ids=list(many_plans()))
+def test_charts_lie_inside_their_frame_and_are_inert(plan: Plan) -> None:
+    ids: list[str] = []
+    for chart in inline_charts(plan):
+        root = ElementTree.fromstring(chart)
+        left, top, width, height = map(float, root.attrib["viewBox"].split())
+        frame = json.loads(root.attrib["data-frame"])
+        assert left <= frame["left"] < frame["zero"] + (plan.num_layers - 1) * frame["step"] <= width
+        assert top <= frame["top"] < frame["bottom"] <= height
+        (edge,) = root.iterfind(".//g[@class]/path[@stroke='#d55e00']")
+        x = float(edge.attrib["d"].split()[1])
+        assert x == pytest.approx(frame["zero"] + plan.first_trainable * frame["step"], abs=0.01)
+        for element in root.iter():
+            assert element.tag in {"svg", "g", "path", "use", "text", "tspan", "defs", "clipPath", "rect"}
+            assert "nan" not in element.get("d", "") and "style" not in element.attrib
+            ids += [element.attrib["id"]] if "id" in element.attrib else []
+    assert len(ids) == len(set(ids)), "no id occurs in two charts of one page"
 
 
 def test_files_are_written_whole_into_a_new_folder(tmp_path: Path) -> None:
@@ -317,10 +316,10 @@ def test_the_slider_by_keyboard(browser: Browser) -> None:
         assert browser.text("output").startswith(f"Cut at {first}: ")
         for name, curve in curves.items():
             assert browser.text(f'.tile[data-curve="{name}"] b') == f"{curve[first]:.2f}"
-        for part in (".strip .frozen", ".chart .layer.frozen"):
+        for part in (".strip .frozen", ".chart .frozen"):
             assert browser.run(f"document.querySelectorAll({part!r}).length") == first
-        edges = browser.run("[...document.querySelectorAll('.chart .cut')].map(c => c.classList.contains('hidden'))")
-        assert edges == [first == 0] * 4
+        edges = browser.run("[...document.querySelectorAll('.edge, .ground')].map(c => c.classList.contains('hidden'))")
+        assert edges == [first == 0] * 8
         return first
 
     browser.complaints()
@@ -340,11 +339,29 @@ def test_the_slider_by_keyboard(browser: Browser) -> None:
     assert "layer 29 trained (1 of 30), improvement kept 0.53" in browser.text("output")
     browser.press("home")
     assert shown() == 0
-    assert browser.text("#told") == browser.text('output[aria-live="polite"][for="first"]')
+    assert browser.text("#sentence") == browser.text('output[aria-live="polite"][for="first"]')
     browser.press("tab", "enter")
     assert shown() == 6
     assert browser.run("document.activeElement.id") == "first", "the focus goes back to the slider"
     assert browser.complaints() == []
+
+
+def test_the_slider_draws_what_a_plan_with_that_cut_draws(browser: Browser) -> None:
+    script = (
+        "[...document.querySelectorAll('.edge path, .ground path, .point use')]"
+        ".map(part => part.getBBox()).map(box => [box.x, box.y, box.width, box.height])"
+    )
+    browser.open(render(scored_plan(num_layers=30, first_trainable=8)))
+    wanted = browser.run(script)
+    assert len(wanted) == 2 * 4 + 3
+    for start in (6, 0):
+        browser.open(render(scored_plan(num_layers=30, first_trainable=start)))
+        assert start == 0 or browser.run(script) != wanted
+        browser.press("tab", *["right"] * (8 - start))
+        for got, box in zip(browser.run(script), wanted, strict=True):
+            assert got == pytest.approx(box, abs=0.05)
+        shown = browser.run("[...document.querySelectorAll('.edge path')].map(e => getComputedStyle(e).opacity)")
+        assert shown == ["1"] * 4
 
 
 def test_the_static_page_says_what_the_script_says(browser: Browser) -> None:
@@ -373,8 +390,11 @@ def test_dark_screens_get_a_dark_page(browser: Browser) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
     browser.open(render(scored_plan()))
     assert browser.run(background) == "rgb(255, 255, 255)"
+    line = "getComputedStyle(document.querySelector('.edge path')).stroke"
+    assert browser.run(line) == "rgb(213, 94, 0)"
     browser.open(render(scored_plan()), dark=True)
     assert browser.run(background) == "rgb(20, 23, 26)"
+    assert browser.run(line) == "rgb(240, 128, 60)", "the charts follow"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -1,9 +1,8 @@
-"""The table, the sentences, the progress bar and the model card section."""
+"""The table, the sentences and the model card section."""
 
 from __future__ import annotations
 
 import io
-import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from axolotl_layersel.plan import Plan, Scores
 from axolotl_layersel.report.model_card import add_to_model_card, model_card_section
-from axolotl_layersel.report.table import Progress, plan_text, print_plan
+from axolotl_layersel.report.table import print_plan
 from axolotl_layersel.report.wording import (
     dataset_name,
     layer_range,
@@ -26,6 +25,14 @@ from axolotl_layersel.report.wording import (
 )
 
 FOUR = scored_plan(num_layers=4, first_trainable=1)
+
+
+def plan_text(plan: Plan, *, width: int = 80, ascii_only: bool = False) -> str:
+    """The table as a log file gets it, without blanks at line ends."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii" if ascii_only else "utf-8", errors="replace", newline="\n")
+    print_plan(plan, console=Console(file=stream, width=width, no_color=True, force_terminal=False))
+    stream.seek(0)
+    return "".join(f"{line.rstrip()}\n" for line in stream.read().splitlines())
 
 
 def rows(text: str) -> list[str]:
@@ -187,52 +194,6 @@ def test_a_folder_s_name_is_shown_without_its_place() -> None:
     for path in ("/home/someone/models/mine", "./mine/", "~/mine", "../mine"):
         assert model_name(scored_plan(base_model=path)) == "mine"
         assert dataset_name(scored_plan(sample=sample(path, "acme/chat"))) == "mine, acme/chat"
-
-
-def test_progress_on_a_terminal_shows_rows_speed_and_time_left() -> None:
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=100, color_system=None)
-    with Progress(8, console=console) as advance:
-        advance(2, 1000)
-        advance(8, 4000)
-    shown = stream.getvalue()
-    assert "8/8 rows" in shown and "tokens/s" in shown and re.search(r"\d:\d\d:\d\d", shown)
-
-
-def test_progress_in_a_log_file_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
-    now = [100.0]
-    caplog.set_level(logging.INFO)
-    with Progress(100, console=Console(file=io.StringIO()), interval=10.0, clock=lambda: now[0]) as advance:
-        for done in range(1, 101):
-            now[0] += 0.5
-            advance(done, done * 200)
-    assert [record.message for record in caplog.records] == [
-        "layersel: scoring 100 rows",
-        "layersel: 20/100 rows, 400 tokens/s, 40 s left",
-        "layersel: 40/100 rows, 400 tokens/s, 30 s left",
-        "layersel: 60/100 rows, 400 tokens/s, 20 s left",
-        "layersel: 80/100 rows, 400 tokens/s, 10 s left",
-        "layersel: scored 100 rows, 20,000 tokens, in 50.0 s",
-    ]
-
-
-def test_progress_is_silent_on_other_processes(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    stream = io.StringIO()
-    with Progress(4, enabled=False, console=Console(file=stream, force_terminal=True)) as advance:
-        advance(4, 10)
-    assert not caplog.records and not stream.getvalue()
-
-
-def test_a_failed_scoring_is_not_called_done(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    with (
-        pytest.raises(ZeroDivisionError),
-        Progress(4, console=Console(file=io.StringIO(), force_terminal=True)) as advance,
-    ):
-        advance(1, 10)
-        raise ZeroDivisionError
-    assert not caplog.records
 
 
 def test_the_card_s_section_has_the_table_and_the_source() -> None:

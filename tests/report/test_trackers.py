@@ -19,7 +19,7 @@ from transformers.integrations import TensorBoardCallback
 
 from axolotl_layersel.plan import PLAN_FILE, Plan, write_text
 from axolotl_layersel.report.page import write_report
-from axolotl_layersel.report.trackers import REPORTING, log_measured, tracker_callback, values
+from axolotl_layersel.report.trackers import REPORTING, PlanTracker, log_measured, values
 
 LAYERS = 3
 
@@ -62,7 +62,7 @@ def train(folder: Path, plan: Plan, *, report_to: str) -> Trainer:
     )
     measuring = Measuring()
     measuring.trainer = trainer
-    trainer.add_callback(tracker_callback(plan, folder / "layersel", trainer=trainer))
+    trainer.add_callback(PlanTracker(plan, folder / "layersel", trainer=trainer))
     trainer.add_callback(measuring)
     trainer.train()
     return trainer
@@ -220,7 +220,7 @@ def test_other_trackers_get_every_number_through_their_own_callback(
         args=TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True),
     )
     trainer.add_callback(remembering)
-    callback = tracker_callback(plan, tmp_path, trainer=trainer)
+    callback = PlanTracker(plan, tmp_path, trainer=trainer)
     trainer.state.is_world_process_zero = False
     callback.on_train_begin(trainer.args, trainer.state, trainer.control)
     assert remembering.seen == {}, "only the main process reports"
