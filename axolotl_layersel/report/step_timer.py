@@ -1,4 +1,6 @@
-"""How long a run's own forward and backward passes take, beside what was predicted.
+"""How long a run's own forward and backward passes take, and their ratio beside the predicted one.
+
+What a step would take with every layer trained is not measured: that run never happens.
 
 The trainer's `compute_loss` and `accelerator.backward` are timed from outside, so that no hook enters the model: after
 `WARM_UP` steps, for `MEASURED` steps, then both are given back. On a GPU each measured pass ends with a
@@ -81,18 +83,15 @@ class StepTimer(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
     def _report(self) -> None:
         forward, backward = median(self.forward), median(self.backward)
         ratio = backward / forward
-        measured = {"forward_seconds": forward, "backward_seconds": backward, "backward_per_forward": ratio}
         said = f"measured over {len(self.forward)} passes: forward {forward:.4f} s, backward {backward:.4f} s"
-        if prediction := self.plan.prediction:
-            absolute = prediction.absolute
-            predicted = absolute.backward_flops / absolute.forward_flops
-            every = absolute.all_layers_backward_flops / absolute.forward_flops
-            measured["step"] = (1 + ratio) / (1 + every)
+        if self.plan.prediction:
+            cost = self.plan.prediction.absolute
             said += (
-                f"; backward / forward {ratio:.2f}, predicted {predicted:.2f} ({every:.2f} for all layers); "
-                f"step against all layers {measured['step']:.2f}, predicted {prediction.step:.2f}"
+                f"; backward / forward {ratio:.2f} in time, predicted {cost.backward_flops / cost.forward_flops:.2f} "
+                f"in FLOPs ({cost.all_layers_backward_flops / cost.forward_flops:.2f} if every layer were trained)"
             )
         LOG.info("layersel: %s", said)
+        measured = {"forward_seconds": forward, "backward_seconds": backward, "backward_per_forward": ratio}
         log_measured(self.trainer, measured)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,12 @@ def test_measured_times_are_logged_beside_the_prediction(
     logging.getLogger("axolotl").propagate = True
     with caplog.at_level(logging.INFO):
         run = _run(tmp_path, run_inputs, layersel={"first_layer": 4}, max_steps=21)
-    assert "measured over 10 passes: forward" in caplog.text
+    said = re.search(r"measured over 10 passes: forward ([\d.]+) s, backward ([\d.]+) s; (.+)", caplog.text)
+    assert said is not None, caplog.text
+    forward, backward, compared = float(said[1]), float(said[2]), said[3]
+    ratio = float(compared.removeprefix("backward / forward ").partition(" in time, predicted ")[0])
+    assert ratio == pytest.approx(backward / forward, abs=0.02)
+    assert "step" not in compared, "a step with every layer was not measured"
     assert "compute_loss" not in vars(run.trainer)
     assert "backward" not in vars(run.trainer.accelerator)
 
