@@ -19,8 +19,8 @@ time on a CPU, one thread, and device events on a GPU. The columns:
   the stock trainer's for the same layers; `backward`: of it alone.
 - `saved MB`: what autograd holds at the end of the forward pass, parameters excluded, and its ratio; `saved/predicted`:
   to the bytes that `cut_cost.py` predicts. On a GPU also the peak of a step.
-- `passes`: forward and backward. `theory`: the same in FLOPs, predicted by `cut_cost.py` before training; `with
-  bytes`: in FLOPs and bytes that are moved, weighed by the machine's measured balance; `passes/` compares with each.
+- `passes`: forward and backward. `theory`: the same in FLOPs, predicted by `cut_cost.py` before training;
+  `passes/theory` compares them.
 
     python benchmarks/step.py
     python benchmarks/step.py --model llama-3.1-8b --device cuda --dtype bf16 --sequence 2048 --batch 1 --modes lora
@@ -68,8 +68,6 @@ class Row:
     peak_bytes: float | None
     peak: float | None
     theory: float  # of FLOPs
-    with_bytes: float  # of FLOPs and moved bytes
-    balance: float  # FLOPs per byte that weighed them
     predicted_saved_bytes: float | None
     of_stock: float | None = None  # step, to `stock` of the same cut
 
@@ -95,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += found
         print(f"\n### {setting}\n\n{table(found)}\n", flush=True)
         seconds = time.perf_counter() - started
-        print(f"(balance {found[0].balance:.1f} FLOPs per byte, {seconds:.0f} s)", flush=True)
+        print(f"({seconds:.0f} s)", flush=True)
     if options.json:
         results = [asdict(row) for row in rows]
         text = json.dumps(
@@ -179,7 +177,7 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown, columns aligned."""
     head = ["arm", "trained", "s/step", "step", "±", "backward", "of stock", "saved MB", "saved", "saved/predicted"]
     head += ["peak GB", "peak"] if rows[0].peak is not None else []
-    head += ["passes", "theory", "passes/theory", "with bytes", "passes/with bytes"]
+    head += ["passes", "theory", "passes/theory"]
     lines = [head, ["-" * len(word) for word in head]]
     for row in rows:
         line = [
@@ -198,8 +196,7 @@ def table(rows: Sequence[Row]) -> str:
         line += ["" if row.predicted_saved_bytes is None else f"{row.saved_bytes / row.predicted_saved_bytes:.3f}"]
         if row.peak is not None and row.peak_bytes is not None:
             line += [f"{row.peak_bytes / 1e9:.2f}", f"{row.peak:.2f}"]
-        line += [f"{row.passes:.2f}", f"{row.theory:.2f}", f"{row.passes / row.theory:.2f}"]
-        lines.append([*line, f"{row.with_bytes:.2f}", f"{row.passes / row.with_bytes:.2f}"])
+        lines.append([*line, f"{row.passes:.2f}", f"{row.theory:.2f}", f"{row.passes / row.theory:.2f}"])
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(
         "| " + " | ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) + " |" for line in lines
@@ -217,7 +214,6 @@ def compare(setting: Setting, *, cuts: Sequence[str], rounds: int, resident: int
         with contextlib.ExitStack() as running:
             ask = {arm: running.enter_context(worker(setting, arm)) for arm in arms}
             predictions = ask[base](("predict", arms))
-            balances = [ask[base](("balance",))]
             for arm in arms:
                 ask[arm](("prepare",))
             steps: dict[Arm, list[Step]] = {arm: [] for arm in arms}
@@ -226,10 +222,9 @@ def compare(setting: Setting, *, cuts: Sequence[str], rounds: int, resident: int
                     steps[arm].append(ask[arm](("step",)))
                 if count == 0:
                     _check_losses({arm: steps[arm][0].loss for arm in arms})
-                balances.append(ask[base](("balance",)))
             memory = {arm: ask[arm](("memory",)) for arm in arms}
         measured = {arm: taken[WARM_UP:] for arm, taken in steps.items()}
-        new = [_row(setting, arm, base, measured, memory, predictions, statistics.median(balances)) for arm in arms]
+        new = [_row(setting, arm, base, measured, memory, predictions) for arm in arms]
         rows += new if not rows else new[1:]
     stock = {row.first_trainable: row.step for row in rows if row.arm == "stock"}
     return [
@@ -247,16 +242,11 @@ def _row(
     steps: Mapping[Arm, Sequence[Step]],
     memory: Mapping[Arm, tuple[int, int | None]],
     predictions: Mapping[Arm, Prediction],
-    balance: float,
 ) -> Row:
     pairs = list(zip(steps[arm], steps[base], strict=True))
     ratios = [one.total / other.total for one, other in pairs]
     low, _, high = statistics.quantiles(ratios, n=4)
     num_layers = read_config(setting.model).num_hidden_layers
-
-    def weighed(one: Arm) -> float:
-        return predictions[one].flops + balance * predictions[one].moved
-
     (saved, peak), (base_saved, base_peak) = memory[arm], memory[base]
     return Row(
         mode=setting.mode,
@@ -274,8 +264,6 @@ def _row(
         peak_bytes=peak,
         peak=peak / base_peak if peak and base_peak else None,
         theory=predictions[arm].flops / predictions[base].flops,
-        with_bytes=weighed(arm) / weighed(base),
-        balance=balance,
         predicted_saved_bytes=predictions[arm].saved,
     )
 

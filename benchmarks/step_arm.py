@@ -15,12 +15,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from axolotl_layersel.cost.balance import measure_balance
-from axolotl_layersel.cost.cut_cost import Mode, price_cuts, probe_mode
-from axolotl_layersel.cost.flops import StepShape, product_flops
+from axolotl_layersel.cost.cut_cost import Mode, StepShape, measure_mode, price_cuts
+from axolotl_layersel.model.adapted_modules import adapted_modules
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.training.backward_cut import stop_backward
 
@@ -80,7 +80,6 @@ class Prediction:
     """Of forward and backward pass."""
 
     flops: float
-    moved: float  # bytes
     saved: float | None  # bytes
 
 
@@ -132,35 +131,25 @@ class Trainee:
     def predict(self, arms: Sequence[Arm]) -> dict[Arm, Prediction]:
         """What `cut_cost.py` says of every arm, before anything is prepared for training."""
         stack = find_stack(self.model)
-        mode = mode_of(self.setting, stack)
-        probe = probe_mode(stack, mode=mode, autocast=self.autocast)
+        mode = mode_of(self.setting, self.model, stack)
+        measured = measure_mode(stack, mode=mode, autocast=self.autocast)
         shape = StepShape(self.setting.batch, self.setting.sequence)
-        ours = price_cuts(probe, mode=mode, shape=shape)
-        stock = price_cuts(probe, mode=replace(mode, stop_backward=False), shape=shape)
+        ours = price_cuts(measured, mode=mode, shape=shape)
+        stock = price_cuts(measured, mode=replace(mode, stop_backward=False), shape=shape)
         found: dict[Arm, Prediction] = {}
         for arm in arms:
             stops = arm.name == "ours" or (self.setting.mode == "full" and not self.setting.checkpointing)
             cost = (ours if stops else stock)[arm.first_trainable].cut
-            moved = cost.forward_moved + cost.backward_moved
-            found[arm] = Prediction(cost.forward_flops + cost.backward_flops, moved, cost.saved_activation_bytes)
+            found[arm] = Prediction(cost.flops, cost.saved_activation_bytes)
             if arm.name == "spectrum":  # all layers, without the gradients of the weights that it freezes
-                numbers = flops = 0.0
-                for index, layer in enumerate(probe.layers):
-                    for product in layer.passes["trained"].products:
-                        if (index, product.name) not in spectrum_pattern(stack):
-                            rows = product.rows * shape.batch * shape.positions
-                            flops += product_flops(product, shape)
-                            numbers += rows * (product.inputs + product.outputs) + product.inputs * product.outputs
-                size = DTYPES[self.setting.dtype].itemsize
-                found[arm] = Prediction(found[arm].flops - flops, moved - numbers * size, None)
+                frozen = [
+                    layer.get_submodule(name).get_parameter("weight").numel()
+                    for index, layer in enumerate(stack.layers)
+                    for name in linear_names(layer)
+                    if (index, name) not in spectrum_pattern(stack)
+                ]
+                found[arm] = Prediction(cost.flops - 2.0 * shape.batch * shape.positions * sum(frozen), None)
         return found
-
-    def balance(self) -> float:
-        """FLOPs per byte of the machine at the model's sizes, now."""
-        rows, width = self.setting.batch * self.setting.sequence, self.model.config.hidden_size
-        return measure_balance(
-            rows=rows, width=width, rank=self.setting.rank, device=self.device, dtype=DTYPES[self.setting.dtype]
-        )
 
     def prepare(self) -> None:
         """Set what is trained, and let gradients flow as the arm does."""
@@ -245,12 +234,11 @@ class Held:
         self.tensor = tensor
 
 
-def mode_of(setting: Setting, stack: DecoderStack) -> Mode:
+def mode_of(setting: Setting, model: nn.Module, stack: DecoderStack) -> Mode:
     """The setting in the cost model's terms."""
     full = setting.mode == "full"
     return Mode(
-        adapter=ADAPTERS[setting.mode],
-        rank=0 if full else setting.rank,
+        adapters=None if full else adapted_modules(model, lora_config(setting, stack)),
         checkpointing=setting.checkpointing,
         train_norm_and_head=full and not stack.tied,
     )
@@ -263,7 +251,6 @@ def linear_names(layer: nn.Module) -> list[str]:
 def quantise(model: Any, stack: DecoderStack) -> None:
     """The linear modules of all decoder layers in 4 bits, as QLoRA trains them, and what PEFT does to such a model."""
     from bitsandbytes.nn import Linear4bit, Params4bit
-    from peft import prepare_model_for_kbit_training
 
     for layer in stack.layers:
         for name in linear_names(layer):
@@ -279,17 +266,20 @@ def quantise(model: Any, stack: DecoderStack) -> None:
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def add_adapters(model: Any, stack: DecoderStack, setting: Setting, *, first_trainable: int) -> Any:
-    """LoRA on every linear module of layers k..L-1."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
+def lora_config(setting: Setting, stack: DecoderStack) -> LoraConfig:
+    """LoRA on every linear module of every layer."""
+    return LoraConfig(
         r=setting.rank,
         lora_alpha=2 * setting.rank,
         target_modules=sorted({name.rpartition(".")[2] for name in linear_names(stack.layers[0])}),
-        layers_to_transform=list(range(first_trainable, stack.num_layers)),
         task_type="CAUSAL_LM",
     )
+
+
+def add_adapters(model: Any, stack: DecoderStack, setting: Setting, *, first_trainable: int) -> Any:
+    """LoRA on every linear module of layers k..L-1."""
+    config = lora_config(setting, stack)
+    config.layers_to_transform = list(range(first_trainable, stack.num_layers))
     torch.manual_seed(SEED + 1)
     return get_peft_model(model, config)
 

@@ -1,10 +1,6 @@
-"""What a run's cut will cost, as the plan carries it: `cut_cost.py` asked in the terms of an axolotl config."""
+"""What a run's cut will cost, as the plan carries it."""
 
 from __future__ import annotations
-
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -13,54 +9,6 @@ from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.plan import CostOfCuts, Prediction, StepAmounts
 
 RATIOS = ("forward", "backward", "step", "saved_activation_bytes", "trainable_parameters")
-
-
-def mode_of(
-    cfg: Mapping[str, Any],
-    *,
-    module_names: Sequence[str],
-    expert_parameters: Sequence[str] = (),
-    train_head: bool,
-    stops_backward: bool,
-) -> Mode:
-    """How a config trains, in the cost model's terms.
-
-    Args:
-        cfg: axolotl's validated config.
-        module_names: names of the base model's modules, which a regex of targets is matched with.
-        expert_parameters: full names of the stacked expert tensors that get an adapter, as the run writes them.
-        train_head: full fine-tuning also trains final norm and head.
-        stops_backward: the backward pass ends at the cut.
-    """
-    adapter = cfg.get("adapter")
-    return Mode(
-        adapter=adapter,
-        rank=int(cfg.get("lora_r") or 0) if adapter else 0,
-        target_modules=_target_modules(cfg, module_names) if adapter else None,
-        target_parameters=tuple(sorted({_in_layer(name) for name in expert_parameters})),
-        dropout=float(cfg.get("lora_dropout") or 0.0) if adapter else 0.0,
-        checkpointing=bool(cfg.get("gradient_checkpointing")),
-        reentrant=bool((cfg.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant")),
-        train_norm_and_head=train_head,
-        stop_backward=stops_backward,
-        optimizer_bytes_per_parameter=2.0 if "8bit" in str(cfg.get("optimizer")) else 8.0,
-    )
-
-
-def _target_modules(cfg: Mapping[str, Any], module_names: Sequence[str]) -> tuple[str, ...] | None:
-    targets = cfg.get("lora_target_modules")
-    if cfg.get("lora_target_parameters") and not (targets or cfg.get("lora_target_linear")):
-        return ()
-    if cfg.get("lora_target_linear") or targets in (None, [], "all-linear"):
-        return None
-    if isinstance(targets, str):
-        return tuple(sorted({name.rpartition(".")[2] for name in module_names if re.fullmatch(targets, name)}))
-    return tuple(str(target).rpartition(".")[2] for target in targets)
-
-
-def _in_layer(name: str) -> str:
-    """`model.layers.3.mlp.experts.down_proj` -> `mlp.experts.down_proj`."""
-    return re.split(r"[.]\d+[.]", name, maxsplit=1)[-1]
 
 
 def predict(

@@ -9,14 +9,23 @@ from typing import Any
 
 from axolotl.loaders.adapter import _build_peft_lora_config, _patch_peft_param_wrapper_dropout
 from axolotl.utils.logging import get_logger
+from peft import LoraConfig
 from torch import nn
 
 from axolotl_layersel.config.conflicts import find_notes, sharded, trains_embeddings
-from axolotl_layersel.cost.cut_cost import StepShape
-from axolotl_layersel.cost.prediction import mode_of, predict
-from axolotl_layersel.integration.run_settings import autocast_of, options_of, plan_path, stops_backward, trains_head
+from axolotl_layersel.cost.cut_cost import Mode, StepShape
+from axolotl_layersel.cost.prediction import predict
+from axolotl_layersel.integration.run_settings import (
+    autocast_of,
+    options_of,
+    plan_path,
+    reentrant,
+    stops_backward,
+    trains_head,
+)
 from axolotl_layersel.integration.runnable_model import ready_to_run
-from axolotl_layersel.model.decoder_stack import find_stack
+from axolotl_layersel.model.adapted_modules import adapted_modules
+from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.model.latent_states import left_as_found
 from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
 from axolotl_layersel.report.page import write_report
@@ -72,23 +81,32 @@ def complete(cfg: Any, model: nn.Module, plan: Plan, updates: Mapping[str, Any])
         return plan
     stack = find_stack(model)
     key = trains_embeddings(cfg)
-    mode = mode_of(
-        cfg,
-        module_names=[name for name, _ in model.named_modules()],
-        expert_parameters=updates.get("lora_target_parameters") or (),
-        train_head=trains_head(cfg, stack),
-        stops_backward=stops_backward(cfg),
-    )
     with ready_to_run(model, stack), left_as_found(model, autocast=autocast_of(cfg)):
         prediction = predict(
             stack,
-            mode=mode,
+            mode=mode_of(cfg, model, stack),
             first_trainable=plan.first_trainable,
             shape=StepShape(batch=cfg.micro_batch_size or 1, positions=cfg.sequence_len),
             autocast=autocast_of(cfg),
             why=f"`{key}` trains embeddings, so the backward pass runs through every layer." if key else None,
         )
     return dataclasses.replace(plan, prediction=prediction)
+
+
+def mode_of(cfg: Any, model: nn.Module, stack: DecoderStack) -> Mode:
+    """How a config trains, in the cost model's terms; for adapters as if every layer were trained."""
+    stock = None
+    if cfg.lora_model_dir:  # what is continued has a config of its own, which governs
+        stock = LoraConfig.from_pretrained(cfg.lora_model_dir)
+    elif cfg.adapter:
+        stock = _build_peft_lora_config(model, cfg)
+    return Mode(
+        adapters=None if stock is None else adapted_modules(model, stock),
+        checkpointing=bool(cfg.gradient_checkpointing),
+        reentrant=reentrant(cfg),
+        train_norm_and_head=trains_head(cfg, stack),
+        stop_backward=stops_backward(cfg),
+    )
 
 
 def publish(cfg: Any, plan: Plan, *, config_as_written: Mapping[str, Any]) -> None:

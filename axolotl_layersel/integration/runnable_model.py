@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from axolotl_layersel.model.decoder_stack import DecoderStack
 
@@ -34,12 +35,21 @@ def place(model: nn.Module) -> None:
         model.to(f"cuda:{torch.cuda.current_device()}")
 
 
+class _Whole:
+    """Stands in for axolotl's tiling of an MLP: one tile, without an autograd function of its own."""
+
+    @staticmethod
+    def apply(forward: Callable[..., Any], mlp: nn.Module, states: Tensor, _tiles: int, _trained: object) -> Any:
+        return forward(mlp, states)
+
+
 @contextmanager
 def ready_to_run(model: nn.Module, stack: DecoderStack) -> Iterator[None]:
     """Let the bare model run although axolotl has prepared it for adapters; undone on leaving.
 
     For LoRA kernels axolotl rewrites the attention class to call `apply_qkv` and `apply_o`, which instances get only
-    after adapters are loaded; a tiled MLP caches its trainable parameters in its first forward, before there are any.
+    after adapters are loaded. A tiled MLP caches its trainable parameters in its first forward pass, before there are
+    any, and accumulates gradients in its parameters: it runs whole here.
     """
     from axolotl.monkeypatch import lora_kernels
 
@@ -50,11 +60,14 @@ def ready_to_run(model: nn.Module, stack: DecoderStack) -> Iterator[None]:
                 attention.apply_qkv = MethodType(lora_kernels.original_apply_qkv, attention)
                 attention.apply_o = MethodType(lora_kernels.original_apply_o, attention)
                 lent.append(attention)
+    tiled = [module for module in model.modules() if hasattr(module, "_tiled_mlp_dist_impl")]
+    for module in tiled:
+        vars(module)["_tiled_mlp_dist_impl"] = _Whole
     try:
         yield
     finally:
         for attention in lent:
             del attention.apply_qkv, attention.apply_o
-        for module in model.modules():
-            if vars(module).get("_compute_params"):
-                vars(module)["_compute_params"] = []
+        for module in tiled:
+            for name in ("_compute_params", "_tiled_mlp_dist_impl"):
+                vars(module).pop(name, None)

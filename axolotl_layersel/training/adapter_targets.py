@@ -13,16 +13,14 @@ explains its dialect.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
 from torch import nn
 
+from axolotl_layersel.model.adapted_modules import Adapters, adapted_modules
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.training.trainable_parameters import layer_numbers, layer_of
 
@@ -53,43 +51,15 @@ def adapter_updates(
     """
     kept = (*range(first_trainable, stack.num_layers), None)
     names = [name for name, _ in model.named_modules()]
-    config, converted = _as_peft_converts(stock, model)
-    updates: dict[str, Any] = {}
-    targets = config.target_modules or set()
-    if isinstance(targets, str):
-        matched = _matching(targets, config, model, names)
-        chosen = [name for name in matched if layer_of(name, stack) in kept]
-        if targets.lower() == "all-linear" and any(_in_other_tower(name, stack) for name in chosen):
-            chosen = [name for name in chosen if layer_of(name, stack) is not None]  # the decoder's, as for lists
-        updates["lora_target_modules"] = chosen
-        if not any(layer_of(name, stack) is not None for name in chosen):
-            raise ValueError(
-                f"lora_target_modules {targets!r} matches {len(matched)} modules, none of them in the decoder layers "
-                f"{first_trainable} to {stack.num_layers - 1} that are to be trained: check the pattern"
-            )
-        outside = [name for name in chosen if layer_of(name, stack) is None]
+    adapters = adapted_modules(model, stock)
+    config = adapters.config
+    if isinstance(stock.target_modules, str):
+        updates, outside = _named_one_by_one(stock.target_modules, adapters, stack, kept)
     else:
-        mine = sorted(targets) if converted else list(named)
-        outside = _outside(mine, stack, names)
-        chosen = [t for t in mine if layer_of(t, stack) in kept and t not in outside]
-        chosen += [name for name in outside if name not in chosen]
-        if chosen != list(named):
-            updates["lora_target_modules"] = chosen
-        if converted and target_linear:
-            updates["lora_target_linear"] = False  # the modules that it found are in the list, the experts below
-        if mine and not chosen and not config.target_parameters:
-            raise ValueError(
-                f"lora_target_modules {mine} names no module of the decoder layers {first_trainable} to "
-                f"{stack.num_layers - 1} that are to be trained: name modules of these layers, or set "
-                "`lora_target_linear: true`"
-            )
-        outside += [name for name in targets if name in names and layer_of(name, stack) is None and name not in outside]
-        updates["peft_layers_to_transform"] = list(range(first_trainable, stack.num_layers))
-        if any(layer_of(name, stack) is None and re.search(r"[.]\d+[.]", name) for name in names):
-            updates["peft_layers_pattern"] = _layers_pattern(stack)
+        updates, outside = _listed(adapters, stack, names, kept, named=named, target_linear=target_linear)
     if config.target_parameters:
-        updates["lora_target_parameters"] = list(_parameters(config.target_parameters, model, stack, kept))
-    if converted:
+        updates["lora_target_parameters"] = list(_parameters(adapters, stack, kept))
+    if adapters.converted:
         updates |= {"lora_rank_pattern": config.rank_pattern, "lora_alpha_pattern": config.alpha_pattern}
     wanted = list(config.modules_to_save or ())
     saved = _modules_to_save(wanted, stack, names, kept)
@@ -137,19 +107,52 @@ def continued_patterns(stack: DecoderStack, *, first_trainable: int) -> list[str
     ]
 
 
-def _as_peft_converts(stock: LoraConfig, model: nn.Module) -> tuple[LoraConfig, bool]:
-    """The config after PEFT's own rewriting of targets for fused experts, and whether that adds any parameter."""
-    config = copy.deepcopy(stock)
-    convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
-    return config, set(config.target_parameters or ()) != set(stock.target_parameters or ())
+def _named_one_by_one(
+    targets: str, adapters: Adapters, stack: DecoderStack, kept: Sequence[int | None]
+) -> tuple[dict[str, Any], list[str]]:
+    """For a regex or "all-linear": the updates with full names, and modules outside of the decoder layers."""
+    chosen = [name for name in adapters.modules if layer_of(name, stack) in kept]
+    if targets.lower() == "all-linear" and any(_in_other_tower(name, stack) for name in chosen):
+        chosen = [name for name in chosen if layer_of(name, stack) is not None]  # the decoder's, as for lists
+    if not any(layer_of(name, stack) is not None for name in chosen):
+        raise ValueError(
+            f"lora_target_modules {targets!r} matches {len(adapters.modules)} modules, none of them in the decoder "
+            f"layers {kept[0]} to {stack.num_layers - 1} that are to be trained: check the pattern"
+        )
+    return {"lora_target_modules": chosen}, [name for name in chosen if layer_of(name, stack) is None]
 
 
-def _matching(targets: str, config: LoraConfig, model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Modules that "all-linear" or a regex stands for, in the model's order."""
-    if targets.lower() == "all-linear":
-        found = _maybe_include_all_linear_layers(copy.deepcopy(config), model).target_modules
-        return [name for name in names if name in found]
-    return [name for name in names if re.fullmatch(targets, name)]
+def _listed(
+    adapters: Adapters,
+    stack: DecoderStack,
+    names: Sequence[str],
+    kept: Sequence[int | None],
+    *,
+    named: Sequence[str],
+    target_linear: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """For a list: the updates with `peft_layers_to_transform`, and modules outside of the decoder layers."""
+    updates: dict[str, Any] = {}
+    targets = adapters.config.target_modules or set()
+    mine = sorted(targets) if adapters.converted else list(named)
+    outside = _outside(mine, stack, names)
+    chosen = [t for t in mine if layer_of(t, stack) in kept and t not in outside]
+    chosen += [name for name in outside if name not in chosen]
+    if chosen != list(named):
+        updates["lora_target_modules"] = chosen
+    if adapters.converted and target_linear:
+        updates["lora_target_linear"] = False  # the modules that it found are in the list, the experts' in another
+    if mine and not chosen and not adapters.config.target_parameters:
+        raise ValueError(
+            f"lora_target_modules {mine} names no module of the decoder layers {kept[0]} to "
+            f"{stack.num_layers - 1} that are to be trained: name modules of these layers, or set "
+            "`lora_target_linear: true`"
+        )
+    outside += [name for name in targets if name in names and layer_of(name, stack) is None and name not in outside]
+    updates["peft_layers_to_transform"] = [index for index in kept if index is not None]
+    if any(layer_of(name, stack) is None and re.search(r"[.]\d+[.]", name) for name in names):
+        updates["peft_layers_pattern"] = _layers_pattern(stack)
+    return updates, outside
 
 
 def _outside(targets: Sequence[str], stack: DecoderStack, names: Sequence[str]) -> list[str]:
@@ -182,14 +185,10 @@ def _modules_to_save(
     return saved
 
 
-def _parameters(
-    targets: Iterable[str], model: nn.Module, stack: DecoderStack, kept: Sequence[int | None]
-) -> Iterator[str]:
+def _parameters(adapters: Adapters, stack: DecoderStack, kept: Sequence[int | None]) -> Iterator[str]:
     """Full names of the targeted parameters in the layers to be trained."""
-    quantised = re.compile(r"[.]parametrizations[.]([^.]+)[.].+$")  # experts that axolotl stores in 8 or 4 bit
-    names = list(dict.fromkeys(quantised.sub(r".\1", name) for name, _ in model.named_parameters()))
-    for target in sorted(targets):
-        matched = [n for n in names if n == target or n.endswith(f".{target}")]
+    for target in sorted(adapters.config.target_parameters or ()):
+        matched = [name for name in adapters.parameters if name == target or name.endswith(f".{target}")]
         inside = [name for name in matched if layer_of(name, stack) in kept]
         if not inside:
             raise ValueError(

@@ -27,6 +27,7 @@ from axolotl.train import train as axolotl_train
 from axolotl.utils.dict import DictDefault
 from axolotl_runs import environment, plan_of, write_config
 from backward_steps import CHECKPOINTING, CUT, NUM_LAYERS, Step, assert_stopped, in_suffix, take_step
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import PROJECTIONS, add_lora, tiny_llama, token_batch, train_only
 from torch import Tensor
@@ -34,6 +35,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import axolotl_layersel._startup  # noqa: F401  # the alias, where the package is not installed
 from axolotl_layersel.config.conflicts import find_notes
+from axolotl_layersel.cost.cut_cost import Mode, StepShape, cut_costs
+from axolotl_layersel.integration.runnable_model import ready_to_run
+from axolotl_layersel.model.adapted_modules import adapted_modules
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.parameter_names import normalise
 from axolotl_layersel.training.backward_cut import restore_backward, stop_backward, tiled_input
@@ -119,6 +123,22 @@ def test_tiled_mlps_get_the_gradients_of_whole_ones_and_nothing_below_the_cut(ta
     assert model.get_decoder().layers[CUT].mlp._compute_params, "the MLP was tiled"
     assert_stopped(ours)
     assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["LoRA", "full"])
+def test_a_step_is_predicted_as_with_whole_mlps(adapted: bool) -> None:
+    costs = []
+    for tiles in (None, 3):
+        if tiles:
+            patch_tiled_mlp("llama", cfg_num_shards=tiles)
+        model = tiny_llama(num_layers=NUM_LAYERS)
+        stack, lora = find_stack(model), LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+        mode = Mode(adapted_modules(model, lora) if adapted else None)
+        with ready_to_run(model, stack):
+            costs.append(cut_costs(stack, mode=mode, shape=StepShape(batch=1, positions=16)))
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert not any("_compute_params" in vars(module) for module in model.modules())
+    assert costs[0] == costs[1]
 
 
 def test_without_a_leaf_nothing_would_be_trained() -> None:

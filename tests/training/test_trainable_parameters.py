@@ -20,7 +20,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from axolotl_layersel.cost.cut_cost import StepShape, cut_costs
-from axolotl_layersel.cost.prediction import mode_of
 from axolotl_layersel.integration import apply
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import Plan
@@ -154,14 +153,9 @@ def test_the_prediction_counts_the_adapters_of_experts(key: str) -> None:
     name, options = EXPERTS[key]
     cfg, model = DictDefault({**BASE, **options}), tiny(name)
     updates = updates_of(cfg, model, 2)
-    mode = mode_of(
-        cfg,
-        module_names=[name for name, _ in model.named_modules()],
-        expert_parameters=updates.get("lora_target_parameters") or (),
-        train_head=False,
-        stops_backward=True,
-    )
-    cost = cut_costs(find_stack(model), mode=mode, shape=StepShape(batch=1, positions=8))[2]
+    stack = find_stack(model)
+    mode = apply.mode_of(cfg, model, stack)
+    cost = cut_costs(stack, mode=mode, shape=StepShape(batch=1, positions=8))[2]
     real, _ = load_lora(tiny(name), DictDefault({**BASE, **options, **updates}))
     assert cost.cut.trainable_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
 
