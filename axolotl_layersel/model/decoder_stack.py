@@ -54,7 +54,9 @@ def first_tensor(output: Any) -> Tensor:
         for item in output:
             if isinstance(item, Tensor):
                 return item
-    raise StackError(f"a decoder layer handed on {type(output).__name__}, which holds no tensor at its top level")
+    raise StackError(
+        f"a decoder layer returned or was given {type(output).__name__}, which holds no tensor at its top level"
+    )
 
 
 def find_stack(model: nn.Module) -> DecoderStack:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
+
+from axolotl_layersel.model.decoder_stack import DecoderStack
 
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
@@ -25,3 +28,9 @@ def shorten(names: Collection[str]) -> str:
     ordered = sorted(names)
     rest = f", and {len(ordered) - 10} more" if len(ordered) > 10 else ""
     return (", ".join(ordered[:10]) or "none") + rest
+
+
+def layer_of(name: str, stack: DecoderStack) -> int | None:
+    """Index of the decoder layer that a module or parameter belongs to, or None; wrapper prefixes do not matter."""
+    found = re.search(rf"(?:^|[.]){re.escape(stack.layers_name)}[.](\d+)(?:[.]|$)", name)
+    return int(found.group(1)) if found else None

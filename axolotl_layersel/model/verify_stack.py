@@ -77,7 +77,7 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> 
         raise StackError(f"{type(model).__name__}: {mismatch[0]}; found were {_describe(stack)}")
     if seen["state"].dim() != 3:
         raise StackError(
-            f"{type(model).__name__}: the layers hand on a tensor of shape {tuple(seen['state'].shape)}; "
+            f"{type(model).__name__}: the layers return a tensor of shape {tuple(seen['state'].shape)}; "
             "allowed is (batch, position, hidden)"
         )
     with torch.no_grad():

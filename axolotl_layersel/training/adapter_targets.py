@@ -7,8 +7,8 @@ PEFT's `layers_to_transform` covers target lists. Everything that it does not co
 - MoE projections that PEFT turns into parameters of every layer by itself (`w1`, `gate_proj`): the same parameters;
 - modules outside of the decoder layers that the user names (`lm_head`, `embed_tokens`): their full paths.
 
-`unfrozen_parameters` then names the adapter parameters of those layers; `trainable_parameters.py`
-explains its dialect.
+`unfrozen_parameters` then names the adapter parameters of those layers; its dialect is explained in
+`trainable_parameters.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import nn
 
 from axolotl_layersel.model.adapted_modules import Adapters, adapted_modules
 from axolotl_layersel.model.decoder_stack import DecoderStack
-from axolotl_layersel.training.trainable_parameters import layer_numbers, layer_of
+from axolotl_layersel.model.parameter_names import layer_of
+from axolotl_layersel.training.trainable_parameters import layer_numbers
 
 _PREFIX = "^base_model.model."
 
@@ -144,8 +145,8 @@ def _listed(
         updates["lora_target_linear"] = False  # the modules that it found are in the list, the experts' in another
     if mine and not chosen and not adapters.config.target_parameters:
         raise ValueError(
-            f"lora_target_modules {mine} names no module of the decoder layers {kept[0]} to "
-            f"{stack.num_layers - 1} that are to be trained: name modules of these layers, or set "
+            f"lora_target_modules {mine} lists no module of the decoder layers {kept[0]} to "
+            f"{stack.num_layers - 1} that are to be trained: list modules of these layers, or set "
             "`lora_target_linear: true`"
         )
     outside += [name for name in targets if name in names and layer_of(name, stack) is None and name not in outside]

@@ -1,15 +1,15 @@
 """Stop the backward pass at the cut, so that frozen layers cost a forward pass and nothing else.
 
 Freezing layers does not free them. transformers, PEFT and TRL make the output of the input embeddings require grad,
-several times over, because reentrant checkpointing needs an input that does; from then on every frozen layer keeps its
-activations and is walked in backward, and checkpointing recomputes it. `stop_backward` takes these hooks away, and on
-the model instance puts two callables in front of the methods that would bring them back. With non-reentrant
-checkpointing nothing else is needed, and autograd finds its own end at the first trained parameter. Reentrant
-checkpointing keeps a boundary: the last frozen layer hands on a leaf that requires grad. A tiled MLP needs one, too.
+several times over, because reentrant checkpointing needs an input that does; from then on every frozen layer saves its
+activations and takes part in the backward pass, and checkpointing recomputes it. `stop_backward` removes these hooks,
+and on the model instance replaces the two methods that would bring them back. With non-reentrant checkpointing nothing
+else is needed: autograd ends at the first trained parameter. Reentrant checkpointing needs a boundary at the last
+frozen layer. Its output is detached and set to require grad, because reentrant checkpointing needs such an input.
+Tiled MLPs need the same.
 
-Where something on the input side of the cut is trained, gradients must reach it: `trained_below_cut.py` says what, and
-`restore_backward` undoes the rest. `first_step_check.py` then watches one training step and trusts none of the above.
-The plan says where the cut is (`plan.py`), `plugin.py` says when to call which of these.
+Where something on the input side of the cut is trained, gradients must reach it: `trained_below_cut.py` finds it, and
+`restore_backward` undoes the cut. `first_step_check.py` then watches one training step and trusts none of the above.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class FrontierError(RuntimeError):
 
 
 def no_input_grads() -> None:
-    """Stands in front of `enable_input_require_grads` on a model whose backward pass stops at the cut."""
+    """Replaces `enable_input_require_grads` on a model whose backward pass stops at the cut: does nothing."""
 
 
 class CheckpointTrainedLayers:
-    """Stands in front of `gradient_checkpointing_enable`: frozen layers stay without, `use_reentrant` stays as chosen.
+    """Replaces `gradient_checkpointing_enable`: enables it, then disables it on frozen layers; keeps `use_reentrant`.
 
     An object, not a closure, so that a model that carries it can be copied and pickled and the copy's points to itself.
     """
@@ -49,17 +49,17 @@ class CheckpointTrainedLayers:
         self, *, owner: nn.Module, enable: Callable[..., None] | None, frozen: Sequence[nn.Module], reentrant: bool
     ) -> None:
         self.owner = owner
-        self.enable = enable  # what stood on the instance before, or None for the method of the class
+        self.enable = enable  # the instance's own earlier replacement, or None for the method of the class
         self.frozen = tuple(frozen)
         self.reentrant = reentrant
-        self.told = False  # that a caller's use_reentrant is overruled: GRPO asks at every step
+        self.warned = False  # that a caller's use_reentrant is overruled: GRPO asks at every step
 
     def __call__(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any) -> None:
-        """Enable checkpointing as the model would, then take the frozen layers out again."""
+        """Enable checkpointing as the model would, then disable it on the frozen layers."""
         wanted = dict(gradient_checkpointing_kwargs or {})
         asked = wanted.get("use_reentrant", self.reentrant)
-        if asked != self.reentrant and not self.told:
-            self.told = True
+        if asked != self.reentrant and not self.warned:
+            self.warned = True
             LOG.warning(
                 "gradient checkpointing was asked for with use_reentrant=%s; %s is used, so that the backward "
                 "pass stops at the first trained layer",
@@ -73,7 +73,7 @@ class CheckpointTrainedLayers:
 
 
 def run_plainly(_checkpoint: Any, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stands in front of what a torch checkpoint wrapper around a frozen layer runs its layer with.
+    """Replaces the `checkpoint_fn` of a torch checkpoint wrapper around a frozen layer: runs the layer and no more.
 
     A checkpoint saves the layer's input through any saved-tensor hooks even where nothing needs gradient, and TRL's
     activation offloading then waits for a backward pass that never asks for it.
@@ -82,7 +82,7 @@ def run_plainly(_checkpoint: Any, layer: Callable[..., Any], *args: Any, **kwarg
 
 
 def boundary(module: nn.Module, _args: Any, output: Any) -> Any:
-    """Forward hook of the last frozen layer under reentrant checkpointing: hand on a leaf that requires grad.
+    """Forward hook of the last frozen layer under reentrant checkpointing: make its output a leaf that requires grad.
 
     Raises:
         FrontierError: the output already needs gradient, so that a leaf would cut off something that is trained.
@@ -104,8 +104,9 @@ def boundary(module: nn.Module, _args: Any, output: Any) -> Any:
 def tiled_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Forward pre-hook of a tiled MLP that is trained: an input that needs no gradient becomes a leaf that does.
 
-    The autograd functions that tile, axolotl's and DeepSpeed's, know the input alone and reach the parameters on their
-    way to its gradient; in the first trained layer, with adapters on the MLP alone, none is wanted. No graph is cut.
+    The autograd functions that tile, axolotl's and DeepSpeed's, take only the input as an argument and compute the
+    parameters' gradients together with its own. In the first trained layer, with adapters on the MLP alone, the input
+    needs no gradient, and the parameters would get none either. No graph is cut.
     """
     if not torch.is_grad_enabled() or args[0].requires_grad or not any(p.requires_grad for p in module.parameters()):
         return None
@@ -117,7 +118,7 @@ def stop_backward(
 ) -> None:
     """Make the backward pass end at layer `first_trainable`, now and after later calls by Trainer, PEFT and TRL.
 
-    Repeating the call is harmless and takes away what was added around the instance methods in between.
+    Repeating the call is harmless; it also removes what was wrapped around the instance methods in between.
 
     Args:
         model: the transformers model, or whatever wraps it (PEFT, DDP, torch.compile).
@@ -141,7 +142,7 @@ def stop_backward(
         present = vars(owner).get("gradient_checkpointing_enable")
         stand_in = CheckpointTrainedLayers(owner=owner, enable=present, frozen=frozen, reentrant=reentrant)
         if isinstance(present, CheckpointTrainedLayers):
-            stand_in.enable, stand_in.told = present.enable, present.told
+            stand_in.enable, stand_in.warned = present.enable, present.warned
         vars(owner)["gradient_checkpointing_enable"] = stand_in
     _strip_input_grads(model)
     _strip_additions(model)
@@ -233,7 +234,7 @@ def is_input_grad_hook(hook: Any) -> bool:
 
 
 def _strip_additions(model: nn.Module) -> None:
-    """Take the hooks that hand on leaves and the wrappers' stand-ins out again."""
+    """Remove our boundary and tiled-MLP hooks and our checkpoint_fn replacements."""
     _strip_hooks(model.modules(), lambda hook: hook is boundary)
     for module in model.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is tiled_input]:

@@ -97,14 +97,14 @@ class FirstStepProof:
         self._handles = []
 
     def check(self) -> list[str]:
-        """Judge the step that was watched, and remove the hooks.
+        """Check the step that was watched, and remove the hooks.
 
         Returns:
             The trained parameters that got no gradient because their module did not run, such as those of experts
             that no token was routed to.
 
         Raises:
-            FrontierError: naming the layer or module that breaks the promise.
+            FrontierError: with the layer or module that needed a gradient, or got none.
         """
         self.detach()
         if self._cut > 0:
@@ -119,7 +119,7 @@ class FirstStepProof:
             inside = [name for name, parameter in self._parameters.items() if id(parameter) in ids]
             ran = not self._ran or f"decoder layer {index}" in self._ran
             if ran and inside and set(inside) <= set(without):
-                # Fused kernels read weights without running their modules; a whole layer without gradient tells.
+                # Fused kernels read weights without running modules; only a whole layer without gradient shows it.
                 raise FrontierError(
                     f"decoder layer {index} ran in the first step, but none of its {len(inside)} trained parameters "
                     f"got a gradient: {shorten(inside)}"

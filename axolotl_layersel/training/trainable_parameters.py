@@ -9,10 +9,10 @@ another layer's, hence `[.]` behind the number.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from axolotl_layersel.model.decoder_stack import DecoderStack
+from axolotl_layersel.model.parameter_names import layer_of
 
 # In the names of what PEFT trains: adapters, and what the user adds, whole modules and single embedding rows.
 _TRAINED = ("lora_", ".modules_to_save.", ".trainable_tokens_delta.")
@@ -45,12 +45,6 @@ def resolve_train_head(option: str | bool, *, tied: bool) -> bool:
     return not tied if option == "auto" else bool(option)
 
 
-def layer_of(name: str, stack: DecoderStack) -> int | None:
-    """Index of the decoder layer that a module or parameter belongs to, or None; wrapper prefixes do not matter."""
-    found = re.search(rf"(?:^|[.]){re.escape(stack.layers_name)}[.](\d+)(?:[.]|$)", name)
-    return int(found.group(1)) if found else None
-
-
 def expected_trainable(
     names: Iterable[str], stack: DecoderStack, *, first_trainable: int, adapter: str | None, train_head: bool
 ) -> list[str]:
@@ -77,7 +71,7 @@ def expected_trainable(
     if missing := sorted(set(range(first_trainable, stack.num_layers)) - reached):
         raise ValueError(
             f"decoder layers {missing} are to be trained, but no parameter there is trainable in this mode: check that "
-            "`lora_target_modules` names modules of every layer, or set `lora_target_linear: true`"
+            "`lora_target_modules` lists modules of every layer, or set `lora_target_linear: true`"
         )
     return expected
 
