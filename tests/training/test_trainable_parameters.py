@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from axolotl_layersel.cost.cut_cost import StepShape, cut_costs
 from axolotl_layersel.integration import apply
 from axolotl_layersel.model.decoder_stack import find_stack
+from axolotl_layersel.model.parameter_names import layer_of
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.training.first_step_check import check_trainable
-from axolotl_layersel.training.trainable_parameters import expected_trainable, full_patterns, layer_of
+from axolotl_layersel.training.trainable_parameters import expected_trainable, full_patterns
 
 BASE = {"base_model": "tiny", "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 ATTENTION = ["q_proj", "v_proj"]
@@ -211,7 +212,7 @@ def test_a_continued_adapter_is_trained_in_the_plan_s_layers_alone(tmp_path: Pat
     ("options", "message"),
     [
         ({"lora_target_modules": r"model\.layers\.[0-4]\.self_attn\.q_proj"}, "matches 5 modules, none of them in"),
-        ({"lora_target_modules": ALL[:5]}, "names no module of the decoder layers 10 to 11"),
+        ({"lora_target_modules": ALL[:5]}, "lists no module of the decoder layers 10 to 11"),
         ({"lora_target_parameters": ["experts.gate_up_proj"]}, "matches 0 parameters, none of them in"),
     ],
 )
