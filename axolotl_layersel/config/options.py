@@ -54,6 +54,10 @@ class LayerSelOptions(BaseModel):
         default="auto",
         description="full fine-tuning: final norm and head too, where that does not reach the embeddings",
     )
+    prefix_cache: Literal["off", "auto", "ram", "disk"] = Field(
+        default="off",
+        description="compute the frozen layers once and read their output in every later epoch, evaluation and run",
+    )
     report: bool = Field(default=True, description="figures and report in `<output_dir>/layersel/`")
 
     @field_validator("deviation", mode="before")
@@ -65,6 +69,11 @@ class LayerSelOptions(BaseModel):
                 "whole vocabulary, and chose no better. Remove the line for cosine, or write logit_lens"
             )
         return value
+
+    @field_validator("prefix_cache", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return {False: "off", True: "auto"}.get(value, value) if isinstance(value, bool) else value
 
     @field_validator("budget")
     @classmethod

@@ -25,6 +25,7 @@ from axolotl_layersel.integration import apply
 from axolotl_layersel.integration import decide as run
 from axolotl_layersel.integration import run_settings as settings
 from axolotl_layersel.integration.output_folder import release_folders
+from axolotl_layersel.integration.prefix_guard import prefix_guards
 from axolotl_layersel.integration.processes import Processes, join_processes
 from axolotl_layersel.integration.ray_workers import config_as_written
 from axolotl_layersel.model.decoder_stack import find_stack
@@ -140,6 +141,7 @@ class LayerSelPlugin(BasePlugin):
                 stops_backward=current.stops_backward,
                 reentrant=settings.reentrant(cfg),
             ),
+            *prefix_guards(cfg, current.plan, trainer=trainer, processes=current.processes),
             StepTimer(current.plan, trainer=trainer),
             PlanTracker(current.plan, settings.plan_path(cfg).parent, trainer=trainer),
         ]

@@ -1,0 +1,182 @@
+"""Hand cached states to the first trained layer, and let no layer below it run.
+
+Each frozen layer gets another `forward`, on the instance: where the states of the batch are known, layer 0 returns them
+and the others pass them on; where they are not, all run as before. The backbone is asked first, by a hook, because it
+alone is called with token ids. It still embeds them, makes masks and position embeddings, which the layers above need.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from axolotl_layersel.model.decoder_stack import DecoderStack, first_tensor, unwrap
+
+
+class PrefixCacheError(RuntimeError):
+    """States in the cache are not what the frozen layers compute, or cannot be stored or used."""
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What the backbone was called with, as far as the output of its frozen layers depends on it."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor | None  # (B, T)
+    position_ids: Tensor | None  # (B, T) or (1, T)
+
+
+StatesOf = Callable[[TokenInputs], "Tensor | None"]  # (B, T, D) on the model's device, or None: run the layers
+
+
+class _Layer:
+    """Stands in for the `forward` of a layer; an object, so that a model that carries it can be copied."""
+
+    def __init__(self, bypass: PrefixBypass, module: nn.Module, *, enters: bool) -> None:
+        self.bypass = bypass
+        self.enters = enters  # layer 0, where the states come in
+        self.own = vars(module).get("forward")  # what stood on the instance, or None for the method of the class
+        self.run: Callable[..., Any] = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bypass = self.bypass
+        if bypass.states is None:
+            output = self.run(*args, **kwargs)
+            bypass.hands_on_tuple = not isinstance(output, Tensor)
+            return output
+        if self.enters:
+            return bypass.as_output(bypass.states)
+        return bypass.as_output(first_tensor(args if args else kwargs.get("hidden_states")))
+
+
+class PrefixBypass:
+    """Asks for the states of every batch, and keeps the layers below the cut from running where it gets them.
+
+    Args:
+        stack: of the model in training, with adapters or without.
+        first_trainable: k, above 0.
+        states_of: called with each batch that could be cached; must return what layer k would be given, or None.
+    """
+
+    def __init__(self, stack: DecoderStack, *, first_trainable: int, states_of: StatesOf) -> None:
+        self.stack = stack
+        self.first_trainable = first_trainable
+        self.states_of = states_of
+        self.enabled = True  # False: every batch runs through the layers, as without a cache
+        self.states: Tensor | None = None  # of the batch that is in the model now
+        self.hands_on_tuple = False  # layers return a tuple whose first entry is the hidden state
+        self._signature = inspect.signature(stack.backbone.forward)
+        self._handles: list[RemovableHandle] = []
+        self._layers: list[nn.Module] = []
+
+    def install(self) -> None:
+        """Replace the layers' `forward` and watch the backbone."""
+        self.remove()
+        for index, layer in enumerate(self.stack.layers[: self.first_trainable]):
+            module = unwrap(layer)
+            vars(module)["forward"] = _Layer(self, module, enters=index == 0)
+            self._layers.append(module)
+        self._handles = [
+            self.stack.backbone.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.stack.backbone.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Leave the model as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._layers:
+            own = vars(module).pop("forward").own
+            if own is not None:
+                vars(module)["forward"] = own
+        self._handles, self._layers, self.states = [], [], None
+
+    def as_output(self, state: Tensor) -> Any:
+        """A state in the form in which this model's layers return it."""
+        return (state, None) if self.hands_on_tuple else state
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.states = None
+        inputs = self._token_inputs(args, kwargs) if self.enabled else None
+        if inputs is not None:
+            self.states = self.states_of(inputs)
+
+    def _after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self.states = None
+
+    def _token_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenInputs | None:
+        """What a batch can be looked up by, or None where somebody wants more than the last layer's output."""
+        given: dict[str, Any] = self._signature.bind_partial(*args, **kwargs).arguments
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given = {**given, **given.pop(name, {})}
+        if given.get("past_key_values") is not None or given.get("inputs_embeds") is not None:
+            return None
+        if given.get("output_hidden_states") or given.get("output_attentions"):
+            return None
+        ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            return None
+        for other in (mask, positions):
+            if other is not None and not (isinstance(other, Tensor) and other.dim() == 2):
+                return None
+        return TokenInputs(ids, mask, positions)
+
+
+@contextmanager
+def only_the_prefix(stack: DecoderStack, *, first_trainable: int) -> Iterator[Callable[[], Tensor]]:
+    """Within the block the layers from k on pass on what they are given; yields a function that returns it.
+
+    What the function returns is the input of layer k in the last call of the backbone, (B, T, D).
+    """
+    seen: list[Tensor] = []
+    form = {"tuple": False}
+    layers: Sequence[nn.Module] = [unwrap(layer) for layer in stack.layers[first_trainable:]]
+
+    def note_form(_module: nn.Module, _args: Any, output: Any) -> None:
+        form["tuple"] = not isinstance(output, Tensor)
+
+    def pass_on(*args: Any, **kwargs: Any) -> Any:
+        state = first_tensor(args if args else kwargs.get("hidden_states"))
+        seen.append(state)
+        return (state, None) if form["tuple"] else state
+
+    def given_to_first() -> Tensor:
+        if len(seen) < len(layers):
+            raise PrefixCacheError(f"of the {len(layers)} layers above the cut {len(seen)} ran")
+        return seen[-len(layers)]
+
+    owns = [(layer, vars(layer).get("forward")) for layer in layers]
+    handle = unwrap(stack.layers[first_trainable - 1]).register_forward_hook(note_form)
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = pass_on
+        yield given_to_first
+    finally:
+        handle.remove()
+        for layer, own in owns:
+            if own is None:
+                del vars(layer)["forward"]
+            else:
+                vars(layer)["forward"] = own
+
+
+@torch.no_grad()
+def compute_states(stack: DecoderStack, *, first_trainable: int, inputs: TokenInputs) -> Tensor:
+    """Run the embeddings and layers 0..k-1 on a batch, and nothing above; returns what layer k is given, (B, T, D).
+
+    Mode, precision and device are the caller's.
+    """
+    with only_the_prefix(stack, first_trainable=first_trainable) as given_to_first:
+        named = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+        if inputs.position_ids is not None:
+            named["position_ids"] = inputs.position_ids
+        stack.backbone(**named, use_cache=False)
+        return given_to_first()
