@@ -1,5 +1,5 @@
 # ruff: noqa: D301 - click keeps the lines of a paragraph that starts with a backspace character
-"""`axolotl layersel score | show | compare | recipe`, and the same as `python -m axolotl_layersel`.
+"""`axolotl layersel score | show | compare | cache | recipe`, and the same as `python -m axolotl_layersel`.
 
 Results go to standard output, everything else to standard error, axolotl's log included. Exit status: 0 done, 1 the
 config, model, data or plan does not allow it, 2 wrong usage. `show` and `recipe` import neither torch nor axolotl.
@@ -41,6 +41,7 @@ def main() -> None:
     axolotl layersel show outputs/run            look at the plan of a run
     axolotl layersel compare config.yml          what every method would choose
     axolotl layersel recipe outputs/run config.yml -o share.yml
+    axolotl layersel cache config.yml            compute the frozen layers once for all runs
 
     Commands that print JSON are best run as `python -m axolotl_layersel`, because `axolotl` prints its logo first.
     """
@@ -124,6 +125,48 @@ def compare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     for choice in choices:
         if choice.skipped:
             click.echo(f"{choice.method} was skipped: {choice.skipped}")
+
+
+@main.command()
+@CONFIG
+@OVERRIDES
+@click.option("--info", is_flag=True, help="Show the caches that runs with CONFIG look into; compute nothing.")
+@click.option("--clear", is_flag=True, help="Remove them.")
+@AS_JSON
+def cache(config: Path, overrides: tuple[str, ...], info: bool, clear: bool, as_json: bool) -> None:
+    """Compute the frozen layers of CONFIG's model on its data once, for all later runs; train nothing.
+
+    Runs with `layersel: {prefix_cache: disk}` (or `auto`), the same model, cut and precision then start at once,
+    whatever their learning rate is.
+
+    \b
+    axolotl layersel cache config.yml
+    axolotl layersel cache config.yml --info
+    axolotl layersel cache config.yml --clear
+    """
+    if info and clear:
+        raise click.UsageError("--info shows and --clear removes: give one of them.")
+    with _one_paragraph_errors(), _only_results_on_stdout():
+        from axolotl_layersel.integration import commands
+
+        values = commands.parse_overrides(overrides)
+        found = commands.find_caches(config, values) if info or clear else [commands.fill_cache(config, values)]
+        if clear:
+            from axolotl_layersel.prefix_cache.folders import clear_cache
+
+            for one in found:
+                clear_cache(one)
+    if as_json:
+        click.echo(json.dumps([one.as_json() for one in found], indent=2))
+        return
+    for one in found:
+        done = "removed: " if clear else ""
+        click.echo(
+            f"{done}{one.path}: {one.about.get('base_model', 'unknown model')}, cut {one.about.get('cut', 'unknown')}, "
+            f"{one.samples} samples, {one.tokens} tokens, {one.bytes / 1e9:.3g} GB"
+        )
+    if not found:
+        click.echo("no cache")
 
 
 @main.command()

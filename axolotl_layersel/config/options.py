@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
 
 from axolotl_layersel.config.conflicts import find_conflicts
+from axolotl_layersel.config.prefix_cache import cache_conflicts
 
 DeviationName = Literal["cosine", "logit_lens"]
 GainName = Literal["transition", "remaining", "drop", "uniform"]
@@ -57,6 +58,20 @@ class LayerSelOptions(BaseModel):
     prefix_cache: Literal["off", "auto", "ram", "disk"] = Field(
         default="off",
         description="compute the frozen layers once and read their output in every later epoch, evaluation and run",
+    )
+    prefix_cache_gb: float | None = Field(
+        default=None, gt=0, description="most GB (1e9 bytes) that the cache may take; none: four fifths of what is free"
+    )
+    prefix_cache_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of the caches; none: `layersel_prefix_cache` in the prepared data's",
+    )
+    prefix_cache_dtype: Literal["model", "int8"] = Field(
+        default="model", description="`int8`: half of the room or less, with one scale for each token"
+    )
+    offload_prefix: Literal["auto"] | bool = Field(
+        default="auto", description="frozen weights leave the GPU once everything that needs them is in the cache"
     )
     report: bool = Field(default=True, description="figures and report in `<output_dir>/layersel/`")
 
@@ -107,7 +122,7 @@ class LayerSelArgs(BaseModel):
     @classmethod
     def _check_layersel_conflicts(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            conflicts = find_conflicts(data)
+            conflicts = [*find_conflicts(data), *cache_conflicts(data)]
             if conflicts:
                 raise ValueError("layersel: " + " ".join(conflicts))
         return data

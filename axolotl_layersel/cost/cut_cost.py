@@ -71,6 +71,7 @@ class CutCost:
     trainable_parameters: float  # ratio; the same for the optimizer's state, which is proportional
     head_share: float  # share of this cut's step that the unembedding takes, whatever the cut
     floor: float  # step ratio that no cut can go below: everything forward, and back to the last layer's output
+    frozen_forward: float  # share of a step with all layers that layers 0..k-1 take forward; a prefix cache saves it
     cut: StepCost  # in FLOPs, bytes and numbers
     all_layers: StepCost  # what the ratios are to
 
@@ -114,6 +115,7 @@ def price_cuts(measured: StackCost, *, mode: Mode, shape: StepShape) -> list[Cut
                 trainable_parameters=cut.trainable_parameters / base.trainable_parameters,
                 head_share=cut.head_flops / cut.flops,
                 floor=(all_frozen.frozen_flops + all_frozen.head_flops) / base.flops,
+                frozen_forward=cut.frozen_flops / base.flops,
                 cut=cut,
                 all_layers=base,
             )

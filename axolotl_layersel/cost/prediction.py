@@ -34,7 +34,7 @@ def predict(
         floor=chosen.floor,
         gradient_checkpointing=mode.checkpointing,
         why=why,
-        per_cut=CostOfCuts(**{name: [getattr(cost, name) for cost in costs] for name in RATIOS}),
+        per_cut=CostOfCuts(**{name: [getattr(cost, name) for cost in costs] for name in (*RATIOS, "frozen_forward")}),
         absolute=_absolute(chosen, shape),
     )
 

@@ -26,8 +26,12 @@ from axolotl_layersel.integration import apply
 from axolotl_layersel.integration import decide as run
 from axolotl_layersel.integration import run_settings as settings
 from axolotl_layersel.integration import runnable_model as readiness
+from axolotl_layersel.integration.cache_run import cache_folder
+from axolotl_layersel.integration.prefix_guard import PrefixGuard
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import Plan, read_plan
+from axolotl_layersel.prefix_cache.folders import CacheFolder, list_caches
+from axolotl_layersel.prefix_cache.state_store import PrefixCacheError
 from axolotl_layersel.report.recipe import read_config
 
 DOTTED_NAME = "axolotl_layersel.LayerSelPlugin"
@@ -112,13 +116,52 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
     return found, about
 
 
-def _load(config: Path, overrides: Mapping[str, Any]) -> Any:
-    """The validated config, with the plugin, for one process, and without a cut."""
+def fill_cache(config: Path, overrides: Mapping[str, Any]) -> CacheFolder:
+    """Compute the frozen layers' output for all samples of the config's data and keep it on the disk; train nothing.
+
+    Args:
+        config: an axolotl config; its cut is used, or found by scoring as a run would.
+        overrides: keys to change, nested ones as `block__key`.
+
+    Raises:
+        PrefixCacheError: these states cannot be cached, or there is no room for them.
+        ValueError: the config is not valid.
+    """
+    from axolotl.train import setup_model_and_trainer
+
+    options = (read_config(config).get("layersel") or {}) | {
+        key.removeprefix("layersel__"): value for key, value in overrides.items() if key.startswith("layersel__")
+    }
+    changes = {} if options.get("prefix_cache") == "disk" else {"layersel__prefix_cache": "disk"}
+    cfg = _load(config, {**overrides, **changes}, keep_cut=True)
+    manager = PluginManager.get_instance()
+    meta = manager.load_datasets(cfg, preprocess=False)
+    trainer = setup_model_and_trainer(cfg, meta)[0]
+    guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, PrefixGuard)]
+    if not guards:
+        raise PrefixCacheError("the plan trains all layers, so no layer is frozen and there is nothing to cache")
+    readiness.place(trainer.model)
+    folder = guards[0].run.prepare(trainer.model, epochs=float(cfg.num_epochs or 1), train=False)
+    manager.post_train_unload(cfg)
+    return next(cache for cache in list_caches(cache_folder(cfg)) if cache.path == folder)
+
+
+def find_caches(config: Path, overrides: Mapping[str, Any]) -> list[CacheFolder]:
+    """The caches that runs with this config look into; loads nothing but the config."""
+    written = read_config(config)
+    values = {**written, **{key: value for key, value in overrides.items() if "__" not in key}}
+    block = dict(values.get("layersel") or {})
+    block |= {k.removeprefix("layersel__"): v for k, v in overrides.items() if k.startswith("layersel__")}
+    return list_caches(cache_folder({**values, "layersel": block}))
+
+
+def _load(config: Path, overrides: Mapping[str, Any], *, keep_cut: bool = False) -> Any:
+    """The validated config, with the plugin, for one process, and without a cut unless it is to be kept."""
     written = read_config(config)
     changes: dict[str, Any] = {key: None for key in (*_SPLITTING, *_RESUMING) if written.get(key) is not None}
     if not names_plugin(written):
         changes["plugins"] = [*(written.get("plugins") or []), DOTTED_NAME]
-    block = written.get("layersel") or {}
+    block = {} if keep_cut else written.get("layersel") or {}
     changes |= {f"layersel__{key}": None for key in ("first_layer", "plan") if block.get(key) is not None}
     cfg = load_cfg(str(config), **{**changes, **overrides})
     for plugin in PluginManager.get_instance().plugins.values():

@@ -141,7 +141,13 @@ class LayerSelPlugin(BasePlugin):
                 stops_backward=current.stops_backward,
                 reentrant=settings.reentrant(cfg),
             ),
-            *prefix_guards(cfg, current.plan, trainer=trainer, processes=current.processes),
+            *prefix_guards(
+                cfg,
+                current.plan,
+                trainer=trainer,
+                processes=current.processes,
+                stops_backward=current.stops_backward,
+            ),
             StepTimer(current.plan, trainer=trainer),
             PlanTracker(current.plan, settings.plan_path(cfg).parent, trainer=trainer),
         ]

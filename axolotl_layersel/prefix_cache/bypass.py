@@ -18,10 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_layersel.model.decoder_stack import DecoderStack, first_tensor, unwrap
-
-
-class PrefixCacheError(RuntimeError):
-    """States in the cache are not what the frozen layers compute, or cannot be stored or used."""
+from axolotl_layersel.prefix_cache.state_store import PrefixCacheError
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,8 @@ class TokenInputs:
     position_ids: Tensor | None  # (B, T) or (1, T)
 
 
-StatesOf = Callable[[TokenInputs], "Tensor | None"]  # (B, T, D) on the model's device, or None: run the layers
+# Asked with None where nothing could be cached; answers (B, T, D) on the model's device, or None: the layers run.
+StatesOf = Callable[["TokenInputs | None"], "Tensor | None"]
 
 
 class _Layer:
@@ -56,13 +54,29 @@ class _Layer:
         return bypass.as_output(first_tensor(args if args else kwargs.get("hidden_states")))
 
 
+class _Embeddings:
+    """Stands in for the `forward` of the token embeddings: their output is not read where layer 0 ignores its input."""
+
+    def __init__(self, bypass: PrefixBypass, module: nn.Embedding) -> None:
+        self.bypass = bypass
+        self.own = vars(module).get("forward")
+        self.run: Callable[..., Any] = module.forward
+        self.module = module
+
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.bypass.states is None:
+            return self.run(input, *args, **kwargs)
+        weight = self.module.weight
+        return torch.zeros((*input.shape, self.module.embedding_dim), dtype=weight.dtype, device=input.device)
+
+
 class PrefixBypass:
     """Asks for the states of every batch, and keeps the layers below the cut from running where it gets them.
 
     Args:
         stack: of the model in training, with adapters or without.
         first_trainable: k, above 0.
-        states_of: called with each batch that could be cached; must return what layer k would be given, or None.
+        states_of: called before each batch; must return what layer k would be given, or None.
     """
 
     def __init__(self, stack: DecoderStack, *, first_trainable: int, states_of: StatesOf) -> None:
@@ -83,6 +97,9 @@ class PrefixBypass:
             module = unwrap(layer)
             vars(module)["forward"] = _Layer(self, module, enters=index == 0)
             self._layers.append(module)
+        if isinstance(self.stack.embeddings, nn.Embedding):
+            vars(self.stack.embeddings)["forward"] = _Embeddings(self, self.stack.embeddings)
+            self._layers.append(self.stack.embeddings)
         self._handles = [
             self.stack.backbone.register_forward_pre_hook(self._before, with_kwargs=True),
             self.stack.backbone.register_forward_hook(self._after, always_call=True),
@@ -104,9 +121,8 @@ class PrefixBypass:
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.states = None
-        inputs = self._token_inputs(args, kwargs) if self.enabled else None
-        if inputs is not None:
-            self.states = self.states_of(inputs)
+        if self.enabled:
+            self.states = self.states_of(self._token_inputs(args, kwargs))
 
     def _after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self.states = None

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from axolotl_layersel.prefix_cache.samples import Key, Segment
 
+StoredAs = Literal["model", "int8"]
+
+
+class PrefixCacheError(RuntimeError):
+    """States in the cache are not what the frozen layers compute, or cannot be stored or used."""
+
 
 class StateStore(ABC):
-    """States of samples, (n, D) each, all of one width and dtype."""
+    """States of samples, (n, D) each, all of one width and dtype.
+
+    Args:
+        width: D.
+        dtype: in which the frozen layers hand states on, and in which they are read.
+        stored_as: `model` for that dtype, or `int8` with one scale for each token.
+    """
+
+    def __init__(self, *, width: int, dtype: torch.dtype, stored_as: StoredAs = "model") -> None:
+        self.width = width
+        self.dtype = dtype
+        self.stored_as = stored_as
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes."""
+        return self.width + 4 if self.stored_as == "int8" else self.width * self.dtype.itemsize
 
     @abstractmethod
     def __contains__(self, key: Key) -> bool:
@@ -23,50 +46,80 @@ class StateStore(ABC):
         """Keep the states of one sample; the tensor may be used for something else afterwards."""
 
     @abstractmethod
-    def copy_into(self, key: Key, out_nD: Tensor) -> None:
-        """Write the states of a sample that is here into `out_nD`, on the CPU.
+    def find(self, key: Key) -> tuple[Tensor, Tensor | None]:
+        """The stored states of a sample, (n, D), and the scales of its tokens, (n,), or None.
 
         Raises:
             KeyError: the sample is not here.
         """
 
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Room for more."""
+
     def flush(self) -> None:  # noqa: B027 - nothing to do for those that keep nothing back
         """Make everything that was added readable, here and for later runs."""
+
+    def encode(self, states_nD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """States as they are stored, on the CPU."""
+        states_nD = states_nD.detach().to("cpu")
+        if self.stored_as == "model":
+            return states_nD.contiguous(), None
+        scales_n = states_nD.float().abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        return (states_nD.float() / scales_n[:, None]).round().to(torch.int8), scales_n
+
+    def copy_into(self, key: Key, out_nD: Tensor) -> None:
+        """Write the states of a sample into `out_nD`, on the CPU."""
+        states, scales = self.find(key)
+        if states.shape != out_nD.shape:
+            raise PrefixCacheError(f"a sample of {len(out_nD)} tokens is stored with {len(states)}: clear the cache")
+        out_nD.copy_(states if scales is None else states * scales[:, None])
 
 
 class MemoryStore(StateStore):
     """States in the memory of this process; nothing outlives the run."""
 
-    def __init__(self) -> None:
-        self._states: dict[Key, Tensor] = {}
+    def __init__(self, *, width: int, dtype: torch.dtype, stored_as: StoredAs = "model") -> None:
+        super().__init__(width=width, dtype=dtype, stored_as=stored_as)
+        self._states: dict[Key, tuple[Tensor, Tensor | None]] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._states
 
     def add(self, key: Key, states_nD: Tensor) -> None:
-        self._states[key] = states_nD.detach().to("cpu", copy=True).contiguous()
+        """Keep a copy."""
+        states, scales = self.encode(states_nD)
+        self._states[key] = (states.clone(), scales)
 
-    def copy_into(self, key: Key, out_nD: Tensor) -> None:
-        out_nD.copy_(self._states[key])
+    def find(self, key: Key) -> tuple[Tensor, Tensor | None]:
+        """As it was added."""
+        return self._states[key]
+
+    def free_bytes(self) -> int:
+        """What the system could give this process now."""
+        import psutil  # type: ignore[import-untyped,unused-ignore]
+
+        return int(psutil.virtual_memory().available)
 
 
 def assemble(
-    store: StateStore, segments: Sequence[Segment], *, shape: tuple[int, int, int], dtype: torch.dtype, pin: bool
+    store: StateStore, segments: Sequence[Segment], *, rows: int, length: int, pin: bool = False
 ) -> Tensor | None:
     """The states of a batch, (B, T, D) on the CPU with zeros where there is no sample; None if one is not here.
 
     Args:
         store: of the samples.
         segments: of the batch.
-        shape: B, T and D.
-        dtype: in which states are handed on.
+        rows: B.
+        length: T.
         pin: in page-locked memory, for a fast copy to a GPU.
     """
     wanted = [s for s in segments if not (s.only_padding and s.key not in store)]
     if not wanted or any(segment.key not in store for segment in wanted):
         return None
-    full = len(wanted) == shape[0] and all(segment.tokens == shape[1] for segment in wanted)
-    states_BTD = (torch.empty if full else torch.zeros)(shape, dtype=dtype, pin_memory=pin)
+    full = len(wanted) == rows and all(segment.tokens == length for segment in wanted)
+    make = torch.empty if full else torch.zeros
+    states_BTD = make((rows, length, store.width), dtype=store.dtype, pin_memory=pin)
     for segment in wanted:
         store.copy_into(segment.key, states_BTD[segment.row, segment.start : segment.end])
     return states_BTD

@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from axolotl_layersel.config.options import LayerSelArgs, LayerSelOptions
@@ -63,3 +64,10 @@ def test_every_option_says_what_it_does() -> None:
 def test_a_conflict_in_the_config_around_the_block_is_a_validation_error() -> None:
     with pytest.raises(ValidationError, match="layersel: `unfrozen_parameters` is .*remove it"):
         LayerSelArgs(plugins=["layersel"], unfrozen_parameters=["lm_head"])
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("off", "off"), ("auto", "auto"), ("on", "auto"), ("ram", "ram"), ("'disk'", "disk")]
+)
+def test_yaml_may_read_on_and_off_as_booleans(written: str, read: str) -> None:
+    assert LayerSelOptions(**yaml.safe_load(f"prefix_cache: {written}")).prefix_cache == read

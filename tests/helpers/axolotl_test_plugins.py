@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,3 +96,33 @@ class RayOnCpu(BasePlugin):
                 super().__post_init__()
 
         ray.train.ScalingConfig = CpuScaling
+
+
+class LayerCalls(BasePlugin):
+    """Counts how often the MLP of each decoder layer ran since the first step began, evaluation included."""
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """Written to `<output_dir>/layer_calls.json` when training ends."""
+        return [_LayerCalls(Path(cfg.output_dir) / "layer_calls.json")]
+
+
+class _LayerCalls(TrainerCallback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.calls: Counter[str] = Counter()
+        self.handles: list[Any] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        if not self.handles:
+            for name, module in model.named_modules():
+                if found := re.search(r"layers\.(\d+)\.mlp$", name):
+                    count = partial(self._count, found[1])
+                    self.handles.append(module.register_forward_hook(count))
+
+    def _count(self, layer: str, *_: Any) -> None:
+        self.calls[layer] += 1
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.path.write_text(json.dumps(self.calls), encoding="utf-8")

@@ -1,0 +1,300 @@
+"""The prefix cache of one run: decided, opened, filled by all processes together, and put before the frozen layers.
+
+Called by the callback in `prefix_guard.py` and by `axolotl layersel cache`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from axolotl.utils.logging import get_logger
+from torch import Tensor, nn
+
+from axolotl_layersel.integration.processes import Processes
+from axolotl_layersel.integration.run_settings import autocast_of, options_of
+from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
+from axolotl_layersel.model.latent_states import left_as_found
+from axolotl_layersel.plan import Plan
+from axolotl_layersel.prefix_cache.cached_prefix import CachedPrefix
+from axolotl_layersel.prefix_cache.decision import Choice, Need, Room, choose
+from axolotl_layersel.prefix_cache.fill import Sample, fill_store, gather_samples
+from axolotl_layersel.prefix_cache.fingerprint import below_the_cut, prefix_fingerprint
+from axolotl_layersel.prefix_cache.obstacles import find_obstacles, probe, rounding_tolerance
+from axolotl_layersel.prefix_cache.offload import OffloadedWeights
+from axolotl_layersel.prefix_cache.state_files import FileStore, disk_free
+from axolotl_layersel.prefix_cache.state_store import MemoryStore, PrefixCacheError, StateStore
+
+LOG = get_logger("axolotl.integrations.layersel")
+T = TypeVar("T")
+
+FILL_TOKENS = 16_384  # in a batch without gradients, or the run's own micro batch if that is larger
+DEFAULT_FOLDER = "layersel_prefix_cache"
+_VERSIONS = ("axolotl", "torch", "transformers", "peft")
+
+
+def cache_folder(cfg: Mapping[str, Any]) -> Path:
+    """Where the caches of this config lie: beside the prepared data, so that runs that share those share them."""
+    given = options_of(cfg).prefix_cache_dir
+    return Path(given) if given else Path(cfg.get("dataset_prepared_path") or "last_run_prepared") / DEFAULT_FOLDER
+
+
+class CacheRun:
+    """What a run with this config, plan and trainer caches.
+
+    Args:
+        obstacles: what is known to forbid a cache, before the model is looked at.
+    """
+
+    def __init__(
+        self, cfg: Any, plan: Plan, *, trainer: Any, processes: Processes, obstacles: Sequence[str] = ()
+    ) -> None:
+        self.cfg = cfg
+        self.plan = plan
+        self.trainer = trainer
+        self.processes = processes
+        self.obstacles = obstacles
+        self.options = options_of(cfg)
+        self.installed: list[CachedPrefix] = []  # in the model, and in a reference model beside it
+
+    def prepare(self, model: nn.Module, *, epochs: float, train: bool = True) -> Path:
+        """Fill the cache of this run; with `train` also install it.
+
+        Args:
+            model: on its device.
+            epochs: how often training reads each sample.
+            train: False fills, whatever is predicted, and installs nothing.
+
+        Returns:
+            The folder of the cache, used or not.
+
+        Raises:
+            PrefixCacheError: there will be no cache, with the reason; on every process.
+        """
+        if self.obstacles:
+            raise PrefixCacheError(" ".join(self.obstacles))
+        stack, k, autocast = find_stack(model), self.plan.first_trainable, autocast_of(self.cfg)
+        tolerance = rounding_tolerance(stack, first_trainable=k, autocast=autocast)
+        with self.processes.stopping_together(), contextlib.ExitStack() as held:
+            samples = self._samples()
+            states = self._together(lambda: self._probe(model, stack, samples, tolerance))
+            folder, fingerprint, about = self._identity(stack, states)
+            store: StateStore = (
+                self._on_disk(folder, fingerprint, states) if folder.exists() else self._in_memory(states)
+            )
+            if isinstance(store, FileStore):
+                self._open(store, held)
+            place, why = self._together(lambda: self._decide(store, samples, epochs, states, train))
+            if place == "disk" and not isinstance(store, FileStore):
+                store = self._on_disk(folder, fingerprint, states)
+                self._open(store, held)
+            elif place == "ram":
+                store = self._in_memory(states)
+            if isinstance(store, FileStore) and self.processes.is_main:
+                store.describe(about)
+            missing = [sample for sample in samples if sample.key not in store]
+            filled = self._together(
+                lambda: fill_store(
+                    model,
+                    stack,
+                    store,
+                    missing,
+                    first_trainable=k,
+                    batch_tokens=max(FILL_TOKENS, (self.cfg.micro_batch_size or 1) * self.cfg.sequence_len),
+                    autocast=autocast,
+                    share=(self.processes.rank, self.processes.world_size),
+                    show_progress=self.processes.is_main and bool(missing),
+                )
+            )
+            self._together(lambda: self._see_all(store, samples))
+        if self.processes.is_main:
+            tokens = sum(len(sample.ids) for sample in samples)
+            LOG.info(
+                "layersel: prefix cache: %s (%s): layers 0 to %d of %d samples, %d tokens, %.3g GB%s; %d samples were "
+                "computed now, in %.1f s",
+                place,
+                why,
+                k - 1,
+                len(samples),
+                tokens,
+                tokens * store.bytes_per_token / 1e9,
+                f" in {folder}" if place == "disk" else "",
+                len(missing),
+                filled.seconds,
+            )
+        if train:
+            self._install(model, stack, store, samples, tolerance)
+        return folder
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """Do something on every process; where one finds that there can be no cache, all find so."""
+
+        def attempt() -> tuple[Any, str | None]:
+            try:
+                mine.append(work())
+            except PrefixCacheError as error:
+                return None, str(error)
+            return None, None
+
+        mine: list[T] = []
+        told = [reason for _, reason in self.processes.together(attempt) if reason is not None]
+        if told:
+            raise PrefixCacheError(told[0])
+        return mine[0]
+
+    def _samples(self) -> list[Sample]:
+        """What training and evaluation will give the model, each sample once."""
+        trainer = self.trainer
+        sets = [("the training set", trainer.train_dataset)]
+        evaluated = trainer.eval_dataset
+        if isinstance(evaluated, dict):
+            sets += [(f"the evaluation set {name}", rows) for name, rows in evaluated.items()]
+        elif evaluated is not None:
+            sets.append(("the evaluation set", evaluated))
+        found: dict[bytes, Sample] = {}
+        for of, rows in sets:
+            for sample in gather_samples(rows, of=of, collate=trainer.data_collator):
+                found.setdefault(sample.key, sample)
+        if not found:
+            raise PrefixCacheError("the training set is empty")
+        return list(found.values())
+
+    def _probe(self, model: nn.Module, stack: DecoderStack, samples: list[Sample], tolerance: float) -> Tensor:
+        """A few states, or why there can be none."""
+        found = find_obstacles(
+            stack,
+            first_trainable=self.plan.first_trainable,
+            preference=bool(self.cfg.rl),
+            max_tokens=self.cfg.sequence_len,
+        )
+        if found:
+            raise PrefixCacheError(" ".join(found))
+        with left_as_found(model, autocast=autocast_of(self.cfg)):
+            return probe(model, stack, samples, first_trainable=self.plan.first_trainable, tolerance=tolerance)
+
+    def _identity(self, stack: DecoderStack, states: Tensor) -> tuple[Path, str, dict[str, Any]]:
+        facts = {
+            "base_model": self.plan.base_model,
+            "autocast": str(autocast_of(self.cfg)),
+            "states": [str(states.dtype), states.shape[-1], self.options.prefix_cache_dtype],
+            "versions": {name: version(name) for name in _VERSIONS},
+        }
+        fingerprint, about = prefix_fingerprint(stack, first_trainable=self.plan.first_trainable, facts=facts)
+        return cache_folder(self.cfg) / fingerprint, fingerprint, about
+
+    def _on_disk(self, folder: Path, fingerprint: str, states: Tensor) -> FileStore:
+        return FileStore(
+            folder,
+            fingerprint=fingerprint,
+            width=states.shape[-1],
+            dtype=states.dtype,
+            stored_as=self.options.prefix_cache_dtype,
+        )
+
+    def _in_memory(self, states: Tensor) -> MemoryStore:
+        return MemoryStore(width=states.shape[-1], dtype=states.dtype, stored_as=self.options.prefix_cache_dtype)
+
+    def _open(self, store: FileStore, held: contextlib.ExitStack) -> None:
+        """Main locks and checks, then all read."""
+
+        def check() -> None:
+            if self.processes.is_main:
+                held.enter_context(store.locked())
+                store.load(clean=True)
+
+        self._together(check)
+        self._together(store.load)
+
+    def _decide(
+        self, store: StateStore, samples: list[Sample], epochs: float, states: Tensor, train: bool
+    ) -> tuple[str, str]:
+        tokens = sum(len(sample.ids) for sample in samples)
+        there = isinstance(store, FileStore)
+        k, prediction = self.plan.first_trainable, self.plan.prediction
+        need = Need(
+            tokens=tokens,
+            missing_tokens=sum(len(s.ids) for s in samples if not (there and s.key in store)),
+            bytes_per_token=store.bytes_per_token,
+            epochs=epochs,
+            frozen_forward=prediction.per_cut.frozen_forward[k] if prediction else 0.0,
+            step=prediction.step if prediction else 1.0,
+        )
+        gb = self.options.prefix_cache_gb
+        room = Room(
+            free_disk=disk_free(cache_folder(self.cfg)),
+            free_memory=psutil.virtual_memory().available,
+            limit=None if gb is None else gb * 1e9,
+            processes=self.processes.world_size,
+        )
+        choice: Choice = "disk" if not train else self.options.prefix_cache  # type: ignore[assignment]
+        place, why = choose(choice, need, room)
+        if prediction is not None and train:
+            first = need.step - need.frozen_forward * (1 - need.missing_tokens / max(tokens, 1))
+            why += (
+                f"; predicted work to training all layers: {first:.2f} in the first epoch with filling, "
+                f"{need.step - need.frozen_forward:.2f} in later ones, {need.whole_run(on_disk=place == 'disk'):.2f} "
+                f"over the whole run, {need.step:.2f} without a cache"
+            )
+        return place, why
+
+    def _see_all(self, store: StateStore, samples: list[Sample]) -> None:
+        """After filling, each process must see what the others wrote."""
+        if isinstance(store, FileStore):
+            store.load()
+        unseen = sum(sample.key not in store for sample in samples)
+        if unseen:
+            raise PrefixCacheError(
+                f"process {self.processes.rank} does not see {unseen} of {len(samples)} samples that others computed: "
+                "the folder must be one that all machines share; set `prefix_cache_dir`"
+            )
+
+    def _install(
+        self, model: nn.Module, stack: DecoderStack, store: StateStore, samples: list[Sample], tolerance: float
+    ) -> None:
+        where = {sample.key: sample.where for sample in samples}
+        pad = getattr(self.trainer.processing_class, "pad_token_id", None)
+        for one in (stack, *self._reference(model, stack)):
+            cached = CachedPrefix(
+                stack=one,
+                store=store,
+                first_trainable=self.plan.first_trainable,
+                where=where,
+                tolerance=tolerance,
+                pad_token_id=pad,
+                weights=self._leaving(one),
+            )
+            cached.install()
+            self.installed.append(cached)
+
+    def _reference(self, model: nn.Module, stack: DecoderStack) -> list[DecoderStack]:
+        """A reference model of its own, if its frozen layers hold the same numbers."""
+        reference = getattr(self.trainer, "ref_model", None)
+        if reference is None or reference is model:
+            return []
+        other = find_stack(reference)
+        k = self.plan.first_trainable
+        own, theirs = (dict(below_the_cut(s, first_trainable=k)) for s in (stack, other))
+        pairs = [(own[n]._parameters, theirs.get(n, nn.Module())._parameters) for n in own]
+        both = [(a[name], b.get(name)) for a, b in pairs for name in a]
+        same = all(
+            (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b.to(a.device)))
+            for a, b in both
+        )
+        return [other] if same else []
+
+    def _leaving(self, stack: DecoderStack) -> OffloadedWeights | None:
+        """The weights that leave the device after the first step, or None where they stay."""
+        wanted, k = self.options.offload_prefix, self.plan.first_trainable
+        device = next(stack.layers[0].parameters()).device
+        modules = [m for layer in stack.layers[:k] for m in layer.modules()] + [stack.embeddings]
+        eight_bit = any(hasattr(p, "SCB") for m in modules for p in m.parameters(recurse=False))
+        if wanted is False or (wanted == "auto" and device.type != "cuda") or eight_bit:
+            return None
+        folder = cache_folder(self.cfg)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return OffloadedWeights(modules, kept=list(stack.head.parameters()), folder=folder)
