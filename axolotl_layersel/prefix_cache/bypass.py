@@ -27,7 +27,8 @@ class TokenInputs:
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor | None  # (B, T)
-    position_ids: Tensor | None  # (B, T) or (1, T)
+    position_ids: Tensor | None = None  # (B, T) or (1, T)
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the arguments as they were given, all of them
 
 
 # Asked with None where nothing could be cached; answers (B, T, D) on the model's device, or None: the layers run.
@@ -47,7 +48,7 @@ class _Layer:
         bypass = self.bypass
         if bypass.states is None:
             output = self.run(*args, **kwargs)
-            bypass.hands_on_tuple = not isinstance(output, Tensor)
+            bypass.returns_tuple = not isinstance(output, Tensor)
             return output
         if self.enters:
             return bypass.as_output(bypass.states)
@@ -85,7 +86,7 @@ class PrefixBypass:
         self.states_of = states_of
         self.enabled = True  # False: every batch runs through the layers, as without a cache
         self.states: Tensor | None = None  # of the batch that is in the model now
-        self.hands_on_tuple = False  # layers return a tuple whose first entry is the hidden state
+        self.returns_tuple: bool | None = None  # whose first entry is the hidden state; None until a layer ran
         self._signature = inspect.signature(stack.backbone.forward)
         self._handles: list[RemovableHandle] = []
         self._layers: list[nn.Module] = []
@@ -117,7 +118,7 @@ class PrefixBypass:
 
     def as_output(self, state: Tensor) -> Any:
         """A state in the form in which this model's layers return it."""
-        return (state, None) if self.hands_on_tuple else state
+        return (state, None) if self.returns_tuple else state
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.states = None
@@ -143,7 +144,7 @@ class PrefixBypass:
         for other in (mask, positions):
             if other is not None and not (isinstance(other, Tensor) and other.dim() == 2):
                 return None
-        return TokenInputs(ids, mask, positions)
+        return TokenInputs(ids, mask, positions, (args, kwargs))
 
 
 @contextmanager
@@ -188,11 +189,12 @@ def only_the_prefix(stack: DecoderStack, *, first_trainable: int) -> Iterator[Ca
 def compute_states(stack: DecoderStack, *, first_trainable: int, inputs: TokenInputs) -> Tensor:
     """Run the embeddings and layers 0..k-1 on a batch, and nothing above; returns what layer k is given, (B, T, D).
 
-    Mode, precision and device are the caller's.
+    Mode, precision and device are the caller's, and so are the arguments where `inputs` has those of a real call.
     """
     with only_the_prefix(stack, first_trainable=first_trainable) as given_to_first:
-        named = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
-        if inputs.position_ids is not None:
-            named["position_ids"] = inputs.position_ids
-        stack.backbone(**named, use_cache=False)
+        if inputs.call is not None:
+            args, kwargs = inputs.call
+            stack.backbone(*args, **kwargs)
+        else:
+            stack.backbone(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False)
         return given_to_first()

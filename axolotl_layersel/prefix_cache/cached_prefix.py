@@ -82,8 +82,9 @@ class CachedPrefix:
             return None
         self.hits += 1
         states = states.to(device, non_blocking=True)
-        if not self.checked and torch.is_grad_enabled():
+        if not self.checked and (torch.is_grad_enabled() or self.bypass.returns_tuple is None):
             self._check(inputs, segments, states)
+            self.checked = torch.is_grad_enabled()
         elif self.checked and self.weights is not None and not self.weights.are_away:
             self._to_go -= 1
             if self._to_go <= 0:
@@ -117,7 +118,6 @@ class CachedPrefix:
                     "packed sample to another, or the cache is wrong: clear it with `axolotl layersel cache CONFIG "
                     "--clear`, or train with `prefix_cache: off`"
                 )
-        self.checked = True
 
 
 def relative_error(cached_nD: Tensor, real_nD: Tensor) -> Tensor:

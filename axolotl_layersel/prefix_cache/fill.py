@@ -94,7 +94,7 @@ def padded(batch: Sequence[Sample], device: torch.device) -> TokenInputs:
     for row, sample in enumerate(batch):
         ids[row, : len(sample.ids)] = torch.from_numpy(sample.ids.astype(np.int64))
         mask[row, : len(sample.ids)] = 1
-    return TokenInputs(ids.to(device), mask.to(device), None)
+    return TokenInputs(ids.to(device), mask.to(device))
 
 
 @dataclass(frozen=True)

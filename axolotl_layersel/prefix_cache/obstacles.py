@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_layersel.model.decoder_stack import DecoderStack, StackError
-from axolotl_layersel.prefix_cache.bypass import PrefixBypass, compute_states
+from axolotl_layersel.prefix_cache.bypass import PrefixBypass, TokenInputs, compute_states
 from axolotl_layersel.prefix_cache.cached_prefix import relative_error
 from axolotl_layersel.prefix_cache.fill import Sample, padded
 from axolotl_layersel.prefix_cache.fingerprint import below_the_cut
@@ -94,10 +94,18 @@ def probe(
             "position, hidden)"
         )
     named = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask, "use_cache": False}
-    whole = model(**named).logits
-    bypass = PrefixBypass(stack, first_trainable=first_trainable, states_of=lambda _: states)
+    asked: list[bool] = []
+
+    def answer(asked_for: TokenInputs | None) -> Tensor | None:
+        asked.append(asked_for is not None)
+        return states if asked_for is not None else None
+
+    bypass = PrefixBypass(stack, first_trainable=first_trainable, states_of=answer)
     bypass.install()
     try:
+        bypass.enabled = False
+        whole = model(**named).logits
+        bypass.enabled = True
         upper = model(**named).logits
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, StackError, TypeError, ValueError) as error:
         raise PrefixCacheError(
@@ -105,6 +113,11 @@ def probe(
         ) from error
     finally:
         bypass.remove()
+    if asked != [True]:
+        raise PrefixCacheError(
+            f"{type(stack.backbone).__name__} is not given token ids, so its samples cannot be told apart; multimodal "
+            "models embed tokens outside of it"
+        )
     for row, sample in enumerate(few):
         n = len(sample.ids)
         off = float(relative_error(upper[row, :n].float(), whole[row, :n].float()))

@@ -56,7 +56,7 @@ def test_a_step_on_cached_states_is_the_step_of_the_whole_model(
     loss, gradients = step(model, batch)
     assert all(calls[i] > 0 for i in range(6)) and gradients
 
-    inputs = TokenInputs(batch["input_ids"], batch["attention_mask"], None)
+    inputs = TokenInputs(batch["input_ids"], batch["attention_mask"])
     cached = compute_states(stack, first_trainable=CUT, inputs=inputs)
     bypass = PrefixBypass(stack, first_trainable=CUT, states_of=lambda _: cached)
     bypass.install()
@@ -79,7 +79,8 @@ def test_what_is_not_known_runs_through_the_layers() -> None:
     whole = step(model, batch)[0]
     asked: list[TokenInputs] = []
 
-    def nothing(inputs: TokenInputs) -> None:
+    def nothing(inputs: TokenInputs | None) -> None:
+        assert inputs is not None
         asked.append(inputs)
 
     bypass = PrefixBypass(find_stack(model), first_trainable=CUT, states_of=nothing)
@@ -94,8 +95,8 @@ def test_generation_and_hidden_states_are_never_answered_from_the_cache() -> Non
     whole = model(input_ids=ids, output_hidden_states=True).hidden_states
     written = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
 
-    def wrong(inputs: TokenInputs) -> Tensor:
-        return torch.full((*inputs.input_ids.shape, 32), float("nan"))
+    def wrong(inputs: TokenInputs | None) -> Tensor | None:
+        return None if inputs is None else torch.full((*inputs.input_ids.shape, 32), float("nan"))
 
     bypass = PrefixBypass(find_stack(model), first_trainable=CUT, states_of=wrong)
     bypass.install()
