@@ -150,12 +150,10 @@ def cache(config: Path, overrides: tuple[str, ...], info: bool, clear: bool, as_
         from axolotl_layersel.integration import commands
 
         values = commands.parse_overrides(overrides)
-        found = commands.find_caches(config, values) if info or clear else [commands.fill_cache(config, values)]
-        if clear:
-            from axolotl_layersel.prefix_cache.folders import clear_cache
-
-            for one in found:
-                clear_cache(one)
+        if info or clear:
+            found = commands.find_caches(config, values, remove=clear)
+        else:
+            found = [commands.fill_cache(config, values)]
     if as_json:
         click.echo(json.dumps([one.as_json() for one in found], indent=2))
         return

@@ -30,7 +30,7 @@ from axolotl_layersel.integration.cache_run import cache_folder
 from axolotl_layersel.integration.prefix_guard import PrefixGuard
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import Plan, read_plan
-from axolotl_layersel.prefix_cache.folders import CacheFolder, list_caches
+from axolotl_layersel.prefix_cache.folders import CacheFolder, clear_cache, list_caches
 from axolotl_layersel.prefix_cache.state_store import PrefixCacheError
 from axolotl_layersel.report.recipe import read_config
 
@@ -146,13 +146,16 @@ def fill_cache(config: Path, overrides: Mapping[str, Any]) -> CacheFolder:
     return next(cache for cache in list_caches(cache_folder(cfg)) if cache.path == folder)
 
 
-def find_caches(config: Path, overrides: Mapping[str, Any]) -> list[CacheFolder]:
-    """The caches that runs with this config look into; loads nothing but the config."""
+def find_caches(config: Path, overrides: Mapping[str, Any], *, remove: bool = False) -> list[CacheFolder]:
+    """The caches that runs with this config look into, and with `remove` their end; loads nothing but the config."""
     written = read_config(config)
     values = {**written, **{key: value for key, value in overrides.items() if "__" not in key}}
     block = dict(values.get("layersel") or {})
     block |= {k.removeprefix("layersel__"): v for k, v in overrides.items() if k.startswith("layersel__")}
-    return list_caches(cache_folder({**values, "layersel": block}))
+    found = list_caches(cache_folder({**values, "layersel": block}))
+    for cache in found if remove else []:
+        clear_cache(cache)
+    return found
 
 
 def _load(config: Path, overrides: Mapping[str, Any], *, keep_cut: bool = False) -> Any:

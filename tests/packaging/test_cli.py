@@ -20,7 +20,7 @@ from axolotl_layersel.cli import main
 from axolotl_layersel.config.options import LayerSelOptions
 from axolotl_layersel.plan import Plan, read_plan
 
-COMMANDS = ("score", "show", "compare", "recipe")
+COMMANDS = ("score", "show", "compare", "recipe", "cache")
 
 
 def run(*args: str | Path) -> Result:
@@ -49,7 +49,7 @@ def config(tmp_path: Path) -> Path:
 # ---- help and usage ------------------------------------------------------------------------------------------------
 
 
-def test_there_are_four_commands_and_each_helps_with_examples() -> None:
+def test_there_are_five_commands_and_each_helps_with_examples() -> None:
     assert isinstance(main, click.Group)
     assert sorted(main.commands) == sorted(COMMANDS)
     for name in COMMANDS:
