@@ -16,9 +16,9 @@ from example_stand_ins import NUM_LAYERS, RERUN, STAND_INS, examples
 HEADER = ("Prerequisite:", "Command:", "Time:", "Output:")
 
 
-def test_there_are_nine_examples_and_each_has_a_stand_in() -> None:
+def test_there_are_ten_examples_and_each_has_a_stand_in() -> None:
     assert sorted(path.stem for path in examples()) == sorted(STAND_INS)
-    assert len(STAND_INS) == 9
+    assert len(STAND_INS) == 10
 
 
 @pytest.mark.parametrize("path", examples(), ids=lambda p: p.stem)

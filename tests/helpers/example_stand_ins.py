@@ -38,6 +38,7 @@ STAND_INS = {
     "gemma-3-4b-lora": StandIn("Gemma3", eos="<eos>"),
     "llama-3.1-8b-lora": StandIn("Llama"),
     "llama-3.1-8b-lora-fsdp2": StandIn("Llama"),
+    "llama-3.1-8b-qlora-24gb": StandIn("Llama"),
     "llama-3.2-1b-qlora": StandIn("Llama", {"tie_word_embeddings": True}),
     "llama-3.2-3b-qlora-budget": StandIn("Llama", {"tie_word_embeddings": True}),
     "mistral-7b-dpo-lora": StandIn("Mistral", {"sliding_window": None}),

@@ -1,6 +1,6 @@
 """What the plugin does with each architecture of `models.py`: scored, trained in each mode, stopped at the cut.
 
-`python tests/helpers/model_outcomes.py` prints the table of the README.
+`python tests/helpers/model_outcomes.py` prints the table of `tests/README.md`.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def outcome(case_name: str) -> dict[str, str]:
 
 
 def table() -> str:
-    """The README's table; runs what has not run yet."""
+    """The table in `tests/README.md`; runs what has not run yet."""
     return markdown({case.name: outcome(case.name) for case in CASES})
 
 

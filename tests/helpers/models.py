@@ -1,4 +1,4 @@
-"""Tiny models of every architecture that the README's table names, built from configs: offline, seeded, no download.
+"""Tiny models of every architecture in the table of `tests/README.md`, built from configs: offline and seeded.
 
 `model_outcomes.py` runs them and makes the table.
 """
@@ -206,7 +206,7 @@ GEMMA_3N = Case(  # refused: AltUp keeps several streams, so no layer's output i
 
 
 def markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """The README's table from the cells of each model."""
+    """The table in `tests/README.md` from the cells of each model."""
     lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(cells[column] for column in COLUMNS) + " |" for name, cells in rows.items()]
     return "\n".join(lines)

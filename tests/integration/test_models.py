@@ -1,7 +1,7 @@
-"""Every architecture of the README's table: scored, trained in each mode, and the backward pass stops at the cut.
+"""Every architecture in the table of `tests/README.md`: scored, trained in each mode, stopped at the cut.
 
 A model works or is refused with an error of our own. The columns are computed here (`outcome`), compared with what
-`models.py` expects, and the whole table with the README's.
+`models.py` expects, and the whole table with that of `tests/README.md`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from models import CASES, COLUMNS, GEMMA_3N, MARKERS, Case
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import StackError
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -32,6 +32,6 @@ def test_a_model_that_computes_something_else_is_refused_with_what_was_found() -
 def test_the_readme_shows_the_table_that_this_run_made() -> None:
     begin, end = MARKERS
     text = README.read_text(encoding="utf-8")
-    assert text.count(begin) == text.count(end) == 1, "the README has no place for the table of models"
+    assert text.count(begin) == text.count(end) == 1, "tests/README.md has no place for the table of models"
     assert text.partition(begin)[2].partition(end)[0].strip() == table()
     assert len(CASES) >= 30

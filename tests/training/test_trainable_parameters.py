@@ -33,7 +33,7 @@ ALL = [f"model.layers.{i}.self_attn.q_proj" for i in range(12)]
 
 
 def tiny(name: str, **overrides: Any) -> PreTrainedModel:
-    """The model of that row of the README's table."""
+    """The model of that row of the table in `tests/README.md`."""
     return next(case for case in CASES if case.name == name).model(**overrides)
 
 
