@@ -23,7 +23,10 @@ from axolotl_layersel.report.wording import dataset_name, layer_range, mode_name
 
 RECIPE_FILE = "recipe.yml"
 
-_KEPT_OPTIONS = ("stop_backward", "train_head", "report")  # those that mean something where the cut is given
+_OTHER_OPTIONS = (  # those that mean something where the cut is given
+    *("stop_backward", "train_head", "report"),
+    *("prefix_cache", "prefix_cache_gb", "prefix_cache_dtype", "offload_prefix"),  # its folder is of one machine
+)
 _NOT_SHARED = ("axolotl_config_path", "resume_from_checkpoint")  # of the machine that ran it
 
 
@@ -70,8 +73,8 @@ def recipe(config: Mapping[str, Any], plan: Plan, *, plain: bool = False) -> dic
         raise RecipeError(f"`layersel:` is {block!r}; allowed is a block of options, or nothing")
     if not names_plugin(result):
         result["plugins"] = [*_as_list(result.get("plugins")), PLUGIN_NAMES[0]]
-    kept = {name: block[name] for name in _KEPT_OPTIONS if name in block}
-    result["layersel"] = {"first_layer": plan.first_trainable, **kept}
+    others = {name: block[name] for name in _OTHER_OPTIONS if name in block}
+    result["layersel"] = {"first_layer": plan.first_trainable, **others}
     if conflicts := find_conflicts(result):
         raise RecipeError("this config cannot carry the plan: " + " ".join(conflicts))
     return _without_plugin(result, plan) if plain else result
@@ -145,12 +148,12 @@ def _without_plugin(result: dict[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def _is_shared(key: str) -> bool:
-    """Not what belongs to one machine, and no secret: the file is made to be handed on."""
+    """Whether a key is safe to share: it holds no path of one machine and no secret."""
     return key not in _NOT_SHARED and not key.endswith(("_api_key", "_secret", "_password"))
 
 
 def _plain_values(value: Any) -> Any:
-    """The value in types that YAML writes without tags; axolotl hands on subclasses of dict."""
+    """The value in types that YAML writes without tags; axolotl's configs are subclasses of dict."""
     if isinstance(value, Mapping):
         return {key: _plain_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

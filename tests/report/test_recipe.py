@@ -63,6 +63,9 @@ def full_config(**overrides: Any) -> dict[str, Any]:
 
 def test_the_cut_replaces_all_options_of_scoring_and_the_others_stay() -> None:
     assert recipe(config(), lora_plan())["layersel"] == {"first_layer": 4, "stop_backward": True}
+    cached = {"coverage": 0.9, "prefix_cache": "disk", "prefix_cache_gb": 64, "prefix_cache_dir": "/scratch/me"}
+    result = recipe(config(layersel=cached), lora_plan())
+    assert result["layersel"] == {"first_layer": 4, "prefix_cache": "disk", "prefix_cache_gb": 64}
 
 
 def test_everything_else_is_kept_in_the_user_s_order() -> None:
