@@ -21,10 +21,8 @@ from torch.nn import functional as F
 
 from axolotl_layersel.model.adapted_modules import Adapters
 
-_ADAPTER = "default"
-
-
 Learnt = Literal["everything", "adapters", "nothing"]
+_ADAPTER = "default"  # PEFT's name for the one adapter of a model
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.utils.dict import DictDefault
+from models import CASES
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 
@@ -14,6 +15,9 @@ from axolotl_layersel.integration.apply import mode_of
 from axolotl_layersel.model.decoder_stack import find_stack
 
 BASE = {"base_model": "tiny", "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj"]}
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def mode(**options: Any) -> Any:
@@ -34,6 +38,17 @@ def test_a_continued_adapter_is_the_one_that_was_saved(tmp_path: Path) -> None:
     continued = mode(lora_model_dir=str(tmp_path))
     cost = cut_costs(find_stack(model), mode=continued, shape=StepShape(batch=1, positions=8))[0].cut
     assert cost.trainable_parameters == sum(p.numel() for p in saved.parameters() if p.requires_grad)
+
+
+def test_adapters_on_experts_alone_need_no_plan() -> None:
+    """`compare` predicts before a cut is chosen, and so before the plugin writes the targets of its layers."""
+    model = next(case for case in CASES if case.name == "Mixtral").model()
+    cfg = DictDefault({**BASE, "lora_target_modules": None, "lora_target_parameters": EXPERTS})
+    found = mode_of(cfg, model, find_stack(model))
+    cost = cut_costs(find_stack(model), mode=found, shape=StepShape(batch=1, positions=8))[0].cut
+    lora = LoraConfig(r=4, target_modules=[], target_parameters=EXPERTS, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, lora)
+    assert cost.trainable_parameters == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
 
 
 def test_full_fine_tuning_has_no_adapters() -> None:
