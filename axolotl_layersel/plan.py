@@ -54,7 +54,7 @@ class CostOfCuts:
     step: list[float]  # FLOPs
     saved_activation_bytes: list[float]
     trainable_parameters: list[float]
-    frozen_forward: list[float] = field(default_factory=list)  # of FLOPs: what a prefix cache saves of later epochs
+    frozen_forward: list[float] | None = None  # FLOPs that a prefix cache saves in later epochs; None in older files
 
 
 @dataclass(frozen=True)

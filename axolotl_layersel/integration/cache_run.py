@@ -216,12 +216,13 @@ class CacheRun:
         tokens = sum(len(sample.ids) for sample in samples)
         there = isinstance(store, FileStore)
         k, prediction = self.plan.first_trainable, self.plan.prediction
+        frozen = prediction.per_cut.frozen_forward if prediction else None
         need = Need(
             tokens=tokens,
             missing_tokens=sum(len(s.ids) for s in samples if not (there and s.key in store)),
             bytes_per_token=store.bytes_per_token,
             epochs=epochs,
-            frozen_forward=prediction.per_cut.frozen_forward[k] if prediction else 0.0,
+            frozen_forward=frozen[k] if frozen else 0.0,
             step=prediction.step if prediction else 1.0,
         )
         gb = self.options.prefix_cache_gb
