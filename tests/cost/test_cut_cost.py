@@ -14,7 +14,11 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from axolotl.monkeypatch import moe_quant
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from tiny import tiny_llama_4bit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -408,6 +412,25 @@ def test_8_bit_weights_count_with_the_shape_that_they_stand_for() -> None:
     costs = [cut_costs(find_stack(model), mode=lora(plain), shape=SHAPE) for model in (plain, packed)]
     assert costs[0] == costs[1]
     assert [(name, type(module)) for name, module in packed.named_modules()] == before
+
+
+def test_experts_in_4_bit_with_adapters_on_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As axolotl stores them, and with what it changes in PEFT for them: the changes are taken back afterwards."""
+    changed = ((BaseTuner, "_inject_parameters"), (BaseTuner, "_check_target_module_exists"))
+    for owner, name in (*changed, (ParamWrapper, "_activate_lora")):
+        monkeypatch.setattr(owner, name, vars(owner)[name])
+    monkeypatch.setattr(moe_quant.patch_peft_target_parameters_matching, "_axolotl_patched", False, raising=False)
+    moe_quant.patch_peft_target_parameters_matching()
+    model = build(CONFIGS["stacked experts"]())
+    for layer in find_stack(model).layers:
+        for name in ("gate_up_proj", "down_proj"):
+            replace_parameter_4bit(layer.mlp.experts, name, quant_type="nf4")
+    mode = lora(model, targets=("q_proj",), target_parameters=EXPERT_TENSORS)
+    assert len(mode.adapters.parameters) == 2 * NUM_LAYERS
+    before = state_of(model)
+    cost = cut_costs(find_stack(model), mode=mode, shape=SHAPE)[2]
+    assert state_of(model) == before
+    agree(cost.cut, measured(prepared(model, mode, first_trainable=2)))
 
 
 def test_a_step_worked_out_by_hand() -> None:
