@@ -9,12 +9,14 @@ Works on whatever part of a grid is there; a table without runs is left out.
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from curves import Array, Curve, read
-from laws import errors, exponent, leave_out, pooled_exponent, shapes, through_pilots
+from curves import Curve, read
+from judge import by_retention, fitted, laws_of, left_out, measured_at, task_errors
+from laws import chosen_cut, errors, exponent, leave_out, lower_end, pooled_exponent, shapes
+from scipy.stats import spearmanr
 
 HERE = Path(__file__).parent
 COVERAGES = (0.90, 0.95, 0.98)
@@ -117,55 +119,63 @@ def show_pilots(curves: list[Curve]) -> None:
     table("One run of all layers, adapters below the cut switched off", ["task", "steps", "left at cut"], rows)
 
 
-def pilot_curve(c: Curve, shape: str, steps: int, cuts: tuple[int, ...], power: float) -> Array | None:
-    kept = {k: r for k, r in c.retention(steps=steps).items() if k in cuts}
-    return through_pilots(shapes(c)[shape], kept, power) if set(kept) == set(cuts) else None
-
-
-def show_measured_policy(curves: list[Curve]) -> None:
-    """Pilots at a few cuts and the shape between them; the power is fitted on the other tasks."""
+def show_pilot_laws(curves: list[Curve]) -> None:
+    """Every law with its power from the other tasks."""
     ready = [c for c in curves if "rows" in c.signals and len(c.retention()) > 2]
     rows: list[list[object]] = []
-    lengths = sorted({r["steps"] for c in ready for r in c.runs if r["kind"] == "cut" and 0 < r["steps"] < c.steps})
-    for steps in lengths:
-        cut_sets = sorted({tuple(k for k in c.retention(steps=steps) if k) for c in ready} - {()})
-        subsets = {s for cs in cut_sets for s in [cs, *[(k,) for k in cs]]}
-        for cuts in sorted(subsets, key=lambda s: (len(s), s)):
-            for shape in ("equal", "cosine", "lens", "cosine x lens", "equal + cosine + lens"):
-                found = []
-                for c, rest in leave_out(ready, lambda c: c.task):
-                    power = fitted_power(rest, shape, steps, cuts)
-                    curve = pilot_curve(c, shape, steps, cuts, power) if power else None
-                    if curve is not None:
-                        kept = c.retention()
-                        found.append(np.mean([abs(curve[k] - kept[k]) for k in kept if k]))
-                if found:
-                    powers = fitted_power(ready, shape, steps, cuts)
-                    rows.append([steps, ", ".join(map(str, cuts)), shape, len(found), powers, float(np.mean(found)),
-                                 float(np.max(found))])  # fmt: skip
+    control: dict[str, float] = {}
+    for name, law in laws_of(ready).items():
+        found = left_out(ready, law)
+        if len(found) < 2:
+            continue
+        by_task = {c.task: float(np.abs(task_errors(c, curve)).mean()) for c, curve, _ in found}
+        control = control or by_task
+        every = np.concatenate([task_errors(c, curve) for c, curve, _ in found])
+        high = np.concatenate([
+            [e for e, k in zip(task_errors(c, curve), sorted(set(c.retention()) - {0}), strict=True)
+             if c.retention()[k] >= 0.75] for c, curve, _ in found
+        ])  # fmt: skip
+        gains = np.array([control[task] - by_task[task] for task in by_task])
+        draw = np.random.default_rng(0).integers(0, len(gains), (2000, len(gains)))
+        low, top = np.percentile(gains[draw].mean(1), [2.5, 97.5])
+        of_all = fitted(ready, law)
+        assert of_all is not None
+        rows.append([
+            name, len(found), of_all[0], float(np.abs(every).mean()), f"{gains.mean():+.3f} ({low:+.3f} to {top:+.3f})",
+            float(np.abs(high).mean()), f"{high.mean():+.3f}", float(np.abs(high).max()),
+            max(by_task.values()), of_all[1],
+        ])  # fmt: skip
     table(
-        "Pilots and a shape, power from the other tasks: error of retention",
-        ["steps", "pilots at cut", "shape", "tasks", "power", "mean error", "worst task"], rows,
+        "Laws with the power of the other tasks: error of predicted retention",
+        ["law", "tasks", "power", "mean error", "better than equal weights by (95 %)", "where kept >= .75",
+         "bias there", "worst there", "worst task", "spread of ln(-ln r)"], rows,
     )  # fmt: skip
 
 
-def fitted_power(curves: list[Curve], shape: str, steps: int, cuts: tuple[int, ...]) -> float | None:
-    """The power with the least mean error over curves that have these pilots."""
-    best = None
-    for power in np.linspace(0.3, 1.5, 61):
-        found = []
-        for c in curves:
-            curve = pilot_curve(c, shape, steps, cuts, float(power))
-            if curve is not None:
-                kept = c.retention()
-                found.append(np.mean([abs(curve[k] - kept[k]) for k in kept if k]))
-        if found and (best is None or np.mean(found) < best[0]):
-            best = (float(np.mean(found)), float(power))
-    return best[1] if best else None
-
-
-def measured_at(kept: Mapping[int, float], cut: float) -> float:
-    return float(np.interp(cut, sorted(kept), [kept[k] for k in sorted(kept)]))
+def show_choices(curves: list[Curve]) -> None:
+    """What a coverage keeps when it is chosen by a law and the end of its band, and a fixed cut at the same cost."""
+    ready = [c for c in curves if "rows" in c.signals and len(c.retention()) > 2]
+    rows: list[list[object]] = []
+    for name in [n for n in laws_of(ready) if n.startswith(("equal", "cosine")) or n.endswith("mixed, pilot at 25")]:
+        found = left_out(ready, laws_of(ready)[name])
+        for z in (0.0, 1.0, 1.645) if found else ():
+            for coverage in COVERAGES:
+                cuts = [chosen_cut(lower_end(curve, spread, z), coverage) for _, curve, spread in found]
+                kept = [measured_at(c.retention(), cut) for (c, _, _), cut in zip(found, cuts, strict=True)]
+                fixed = float(np.mean(cuts))
+                same = [measured_at(c.retention(), fixed) for c, _, _ in found]
+                own = [float(np.interp(-coverage, *by_retention(c.retention()))) for c, _, _ in found]
+                rho = spearmanr(cuts, own)[0] if len(set(cuts)) > 1 else float("nan")
+                rows.append([
+                    name, coverage, z, ", ".join(f"{c.task} {k}" for (c, _, _), k in zip(found, cuts, strict=True)),
+                    float(np.mean(kept)), min(kept), 1 - fixed / found[0][0].layers / 2,
+                    f"{np.mean(same):.3f}, {min(same):.3f}", f"{rho:.2f}",
+                ])  # fmt: skip
+    table(
+        "Coverage kept: cut chosen by the band's lower end (z standard deviations), law of the other tasks",
+        ["law", "coverage", "z", "cuts", "kept, mean", "least", "step cost",
+         "fixed cut at that cost keeps (mean, least)", "rank correlation with the measured cut"], rows,
+    )  # fmt: skip
 
 
 def save(source: Path, folder: Path) -> None:
@@ -197,7 +207,8 @@ def main() -> None:
     show_rates(curves)
     show_pilots(curves)
     show_laws(curves, toys)
-    show_measured_policy(curves)
+    show_pilot_laws(curves)
+    show_choices(curves)
 
 
 if __name__ == "__main__":

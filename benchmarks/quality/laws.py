@@ -9,7 +9,7 @@ import numpy as np
 from curves import Array, Curve
 from scipy.optimize import minimize_scalar
 
-FLOOR = 1e-6
+FLOOR = 1e-3
 
 
 def equal(layers: int) -> Array:
@@ -24,7 +24,7 @@ def descent(deviation_S: Array) -> Array:
     """
     highest_S = np.maximum.accumulate(deviation_S[::-1])[::-1]
     share_S = (highest_S - deviation_S[-1]) / max(highest_S[1] - deviation_S[-1], 1e-12)
-    return np.asarray(np.clip(share_S[:-1], FLOOR, 1))
+    return np.asarray(np.clip(share_S[:-1], 0, 1))
 
 
 def shapes(curve: Curve) -> dict[str, Array]:
@@ -61,23 +61,60 @@ def pooled_exponent(pairs: list[tuple[Array, Mapping[int, float]]]) -> float:
 def errors(shape_L: Array, gamma: float, kept: Mapping[int, float]) -> Array:
     """Predicted minus measured retention at every measured cut but cut 0."""
     cuts = [cut for cut in sorted(kept) if cut]
-    return shape_L[cuts] ** gamma - np.array([kept[cut] for cut in cuts])
+    return np.maximum(shape_L[cuts], FLOOR) ** gamma - np.array([kept[cut] for cut in cuts])
 
 
-def through_pilots(shape_L: Array, kept: Mapping[int, float], power: float = 1.0) -> Array:
-    """Retention of every cut from pilots at a few: ln retention is piecewise linear in ln s, through (0, 0).
+def switched_off(left: Mapping[int, float], layers: int) -> Array:
+    """What is left of an all-layer pilot's gain with the adapters below k switched off, for every k, (L,).
 
     Args:
-        power: what a pilot's retention is raised to, because short pilots keep less than the whole run will.
+        left: cut -> share that is left, measured at some cuts; linear in between, the last value held.
     """
-    cuts = sorted((cut for cut in kept if cut), key=lambda cut: shape_L[cut], reverse=True)
-    x = [0.0, *(float(np.log(shape_L[cut])) for cut in cuts)]
-    y = [0.0, *(power * float(np.log(np.clip(kept[cut], FLOOR, 1.0))) for cut in cuts)]
-    y = list(np.minimum.accumulate(y))
-    slope = y[-1] / x[-1] if x[-1] else 0.0
-    log_s = np.log(shape_L)
-    inner = np.interp(-log_s, -np.array(x), y)
-    return np.asarray(np.exp(np.where(log_s < x[-1], slope * log_s, inner)))
+    cuts = sorted(left)
+    return _inside(np.interp(np.arange(layers), [0, *cuts], [1.0, *(left[cut] for cut in cuts)]))
+
+
+def mixed(off_L: Array, descent_L: Array) -> Array:
+    """Geometric mean of the switched-off curve and the descent."""
+    return np.sqrt(_inside(off_L) * _inside(descent_L))
+
+
+def through_pilots(shape_L: Array, kept: Mapping[int, float], power: float = 1.0, *, beyond: Array) -> Array:
+    """Retention of every cut from pilots at a few: ln retention is piecewise linear in ln shape, from (0, 0) on.
+
+    Args:
+        shape_L: shape up to the last pilot.
+        kept: cut -> retention that the pilot measured; cut 0 is ignored.
+        power: what a pilot's retention is raised to, because short pilots keep less than the whole run will.
+        beyond: (L,) shape on the output side of the last pilot.
+    """
+    cuts = sorted(cut for cut in kept if cut)
+    log_s, log_b = np.log(_inside(shape_L)), np.log(_inside(beyond))
+    x = [0.0, *(float(-log_s[cut]) for cut in cuts)]
+    y = [0.0, *(power * float(np.log(_inside(np.array(kept[cut])))) for cut in cuts)]
+    curve = np.interp(-log_s, x, y)
+    curve[cuts[-1] :] = y[-1] * log_b[cuts[-1] :] / log_b[cuts[-1]]
+    curve[0] = 0.0
+    return np.asarray(np.minimum.accumulate(np.exp(curve)))
+
+
+def miss(predicted: Array, measured: Array) -> Array:
+    """Difference in ln(-ln retention): the scale on which errors are as large at .95 as at .5."""
+    return np.asarray(np.log(-np.log(_inside(predicted))) - np.log(-np.log(_inside(measured))))
+
+
+def lower_end(predicted: Array, spread: float, z: float) -> Array:
+    """Lower end of the band of `spread` (standard deviation of `miss`) and `z` standard deviations."""
+    return np.asarray(predicted ** np.exp(z * spread))
+
+
+def chosen_cut(retention_L: Array, coverage: float) -> int:
+    """The smallest suffix that is predicted to keep `coverage`."""
+    return int(np.flatnonzero(retention_L >= coverage)[-1])
+
+
+def _inside(share: Array) -> Array:
+    return np.asarray(np.clip(share, FLOOR, 1 - FLOOR))
 
 
 def leave_out(curves: list[Curve], by: Callable[[Curve], str]) -> list[tuple[Curve, list[Curve]]]:
