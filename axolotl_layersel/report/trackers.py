@@ -37,7 +37,7 @@ def values(plan: Plan) -> dict[str, float]:
 
 
 def log_measured(trainer: Trainer, measured: dict[str, float]) -> None:
-    """Send measured numbers (`step`, `backward`, ...) to every tracker as `layersel/measured/<name>`."""
+    """Send measured numbers (`forward_seconds`, ...) to every tracker as `layersel/measured/<name>`."""
     _send(trainer, {f"layersel/measured/{name}": float(value) for name, value in measured.items()})
 
 

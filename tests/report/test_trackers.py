@@ -39,7 +39,7 @@ class Measuring(TrainerCallback):
     trainer: Trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        log_measured(self.trainer, {"step": 0.75})
+        log_measured(self.trainer, {"backward_per_forward": 0.75})
 
 
 def train(folder: Path, plan: Plan, *, report_to: str) -> Trainer:
@@ -116,7 +116,7 @@ def test_tensorboard_gets_numbers_curves_text_and_figure(folder: Path, plan: Pla
     scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert scalars["train/layersel/first_trainable"] == [(0, 1.0)]
     assert scalars["train/layersel/predicted/step"] == [(0, pytest.approx(0.82))]
-    assert scalars["train/layersel/measured/step"] == [(1, 0.75), (2, 0.75)]
+    assert scalars["train/layersel/measured/backward_per_forward"] == [(1, 0.75), (2, 0.75)]
     assert plan.scores
     assert scalars["layersel/gain"] == [(i, pytest.approx(g)) for i, g in enumerate(plan.scores.gain)]
     assert scalars["layersel/deviation"] == [(s, pytest.approx(d)) for s, d in enumerate(plan.scores.deviation)]
@@ -141,7 +141,7 @@ def test_mlflow_gets_parameters_metrics_and_files(folder: Path, plan: Plan, monk
     assert run.data.params["layersel.trainable_layers"] == "[1, 2]"
     assert run.data.params["layersel.policy"] == "coverage"
     assert run.data.metrics["layersel/first_trainable"] == 1.0
-    assert run.data.metrics["layersel/measured/step"] == 0.75
+    assert run.data.metrics["layersel/measured/backward_per_forward"] == 0.75
     history = client.get_metric_history(run.info.run_id, "layersel/gain")
     assert [(m.step, m.value) for m in history] == list(enumerate(plan.scores.gain))
     files = {Path(f.path).name for f in client.list_artifacts(run.info.run_id, "layersel")}
@@ -173,7 +173,7 @@ def test_wandb_gets_config_summary_and_figure(folder: Path, plan: Plan, monkeypa
     assert config["layersel"]["gain"] == plan.scores.gain
     assert summary["layersel/gain/layer_2"] == pytest.approx((plan.scores.gain)[2])
     assert summary["train/layersel/first_trainable"] == 1.0
-    assert summary["train/layersel/measured/step"] == 0.75
+    assert summary["train/layersel/measured/backward_per_forward"] == 0.75
     (picture,) = (files / "media" / "images" / "layersel").glob("figure_*.png")
     assert picture.read_bytes() == (folder / "layersel" / "deviation.png").read_bytes()
 
@@ -192,7 +192,7 @@ def test_trackio_gets_config_numbers_and_figure(folder: Path, plan: Plan, monkey
     config = SQLiteStorage.get_run_config("layersel", "a run")
     merged = {name: value for entry in logs for name, value in entry.items()}
     assert merged["train/layersel/first_trainable"] == 1.0
-    assert merged["train/layersel/measured/step"] == 0.75
+    assert merged["train/layersel/measured/backward_per_forward"] == 0.75
     assert merged["layersel/figure"]["_type"] == "trackio.image"
     assert config["layersel"]["trainable_layers"] == [1, 2]
 
