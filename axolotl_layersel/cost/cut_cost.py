@@ -95,7 +95,9 @@ def cut_costs(
 
 def measure_mode(stack: DecoderStack, *, mode: Mode, autocast: torch.dtype | None = None) -> StackCost:
     """The measurements behind `cut_costs`; they serve every shape, with and without checkpointing."""
-    return measure_layers(stack, adapters=mode.adapters, train_head=mode.train_norm_and_head, autocast=autocast)
+    return measure_layers(
+        stack, adapters=mode.adapters, train_norm_and_head=mode.train_norm_and_head, autocast=autocast
+    )
 
 
 def price_cuts(measured: StackCost, *, mode: Mode, shape: StepShape) -> list[CutCost]:

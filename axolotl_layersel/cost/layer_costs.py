@@ -79,14 +79,18 @@ class StackCost:
 
 
 def measure_layers(
-    stack: DecoderStack, *, adapters: Adapters | None, train_head: bool = False, autocast: torch.dtype | None = None
+    stack: DecoderStack,
+    *,
+    adapters: Adapters | None,
+    train_norm_and_head: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> StackCost:
     """Run one layer of each kind in each case, and the read-out, on a few positions; the model is left as found.
 
     Args:
         stack: of a model without adapters, on the device that it will be trained on.
         adapters: of the run; None for full fine-tuning.
-        train_head: final norm and unembedding are trained too.
+        train_norm_and_head: final norm and unembedding are trained too.
         autocast: the trainer's autocast dtype, None for full precision.
 
     Raises:
@@ -108,8 +112,8 @@ def measure_layers(
             for kind, i in chosen.items()
         }
         states = [calls[0] for calls in inputs]
-        head = _pass_cost([_count_head(stack, config, call.state, train_head) for call in states], states)
-    parts = (stack.final_norm, stack.head) if train_head else ()
+        head = _pass_cost([_count_head(stack, config, call.state, train_norm_and_head) for call in states], states)
+    parts = (stack.final_norm, stack.head) if train_norm_and_head else ()
     parameters = sum(parameter.numel() for part in parts for parameter in part.parameters())
     return StackCost(layers=tuple(probes[kind] for kind in kinds), head=head, head_parameters=parameters)
 
@@ -183,7 +187,7 @@ def _count_layer(layer: nn.Module, call: LayerInput, *, input_grad: bool) -> Ste
     return count_step(lambda: first_tensor(layer(*args, **kwargs)), inputs=[state], weights=weights, given=given)
 
 
-def _count_head(stack: DecoderStack, config: Any, state: Tensor, train_head: bool) -> StepCount:
+def _count_head(stack: DecoderStack, config: Any, state: Tensor, train_norm_and_head: bool) -> StepCount:
     """Norm, unembedding and cross-entropy of one short row."""
     cap = getattr(config, "final_logit_softcapping", None)
     state = state.detach().requires_grad_(True)
@@ -194,7 +198,7 @@ def _count_head(stack: DecoderStack, config: Any, state: Tensor, train_head: boo
             logits_NV = torch.tanh(logits_NV / cap) * cap
         return F.cross_entropy(logits_NV, torch.zeros(len(logits_NV), dtype=torch.long, device=logits_NV.device))
 
-    learns: Learnt = "everything" if train_head else "nothing"
+    learns: Learnt = "everything" if train_norm_and_head else "nothing"
     with in_training(stack.final_norm, learns=learns), in_training(stack.head, learns=learns):
         return count_step(loss, inputs=[state], weights=[*stack.final_norm.parameters(), *stack.head.parameters()])
 

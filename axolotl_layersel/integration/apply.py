@@ -12,22 +12,13 @@ from axolotl.utils.logging import get_logger
 from peft import LoraConfig
 from torch import nn
 
-from axolotl_layersel.config.conflicts import find_notes, sharded, trains_embeddings
-from axolotl_layersel.cost.cut_cost import Mode, StepShape
+from axolotl_layersel.cost.cut_cost import Mode
 from axolotl_layersel.cost.prediction import predict
-from axolotl_layersel.integration.run_settings import (
-    autocast_of,
-    options_of,
-    plan_path,
-    reentrant,
-    stops_backward,
-    trains_head,
-)
-from axolotl_layersel.integration.runnable_model import ready_to_run
+from axolotl_layersel.integration.run_settings import RunSettings
+from axolotl_layersel.integration.runnable_model import evaluating
 from axolotl_layersel.model.adapted_modules import adapted_modules
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
-from axolotl_layersel.model.latent_states import left_as_found
-from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
+from axolotl_layersel.plan import Plan, PlanError, Prediction, read_plan, write_text
 from axolotl_layersel.report.page import write_report
 from axolotl_layersel.report.recipe import RECIPE_FILE, recipe_text
 from axolotl_layersel.report.table import print_plan
@@ -38,7 +29,7 @@ LOG = get_logger("axolotl.integrations.layersel")
 SCORED_FILE = "plan.scored.json"  # an earlier run's, where this one was given its cut
 
 
-def config_updates(cfg: Any, model: nn.Module, plan: Plan) -> dict[str, Any]:
+def config_updates(settings: RunSettings, model: nn.Module, plan: Plan) -> dict[str, Any]:
     """The config keys that make axolotl train exactly the plan's layers, in this run's mode.
 
     Raises:
@@ -47,76 +38,83 @@ def config_updates(cfg: Any, model: nn.Module, plan: Plan) -> dict[str, Any]:
     stack = find_stack(model)
     k = plan.first_trainable
     scalar = next((name for name, p in model.named_parameters() if p.dim() == 0), None)
-    if scalar and (not cfg.adapter or cfg.lora_model_dir):
+    if scalar and (not settings.adapter or settings.continued_adapter):
         raise ValueError(
             f"the parameter {scalar!r} is a single number, and axolotl's `unfrozen_parameters` fails on such a model: "
             "train it with a new adapter (`adapter: lora`)"
         )
-    if not cfg.adapter:
-        patterns = targets.full_patterns(stack, first_trainable=k, train_head=trains_head(cfg, stack))
-        return {"unfrozen_parameters": patterns}
-    if cfg.lora_model_dir:
+    if not settings.adapter:
+        read_out = settings.train_norm_and_head(stack)
+        return {"unfrozen_parameters": targets.full_patterns(stack, first_trainable=k, train_norm_and_head=read_out)}
+    if settings.continued_adapter:
         return {"unfrozen_parameters": adapters.continued_patterns(stack, first_trainable=k)}
-    listed = cfg.lora_target_modules
     updates = adapters.adapter_updates(
         model,
         stack,
         first_trainable=k,
-        stock=_build_peft_lora_config(model, cfg),
-        named=listed if isinstance(listed, list) else [],
-        target_linear=bool(cfg.lora_target_linear),
+        stock=_build_peft_lora_config(model, settings.cfg),
+        named=settings.lora_targets,
+        target_linear=settings.lora_target_linear,
     )
-    if cfg.lora_dropout and not cfg.lora_target_parameters and "lora_target_parameters" in updates:
+    if settings.dropout_on_experts and "lora_target_parameters" in updates:
         _patch_peft_param_wrapper_dropout()  # as axolotl does where PEFT adds these parameters by itself
     if scalar:  # adapters are trained and everything else is frozen without this key, too
         del updates["unfrozen_parameters"]
     return updates
 
 
-def complete(cfg: Any, model: nn.Module, plan: Plan, updates: Mapping[str, Any]) -> Plan:
+def complete(settings: RunSettings, model: nn.Module, plan: Plan, updates: Mapping[str, Any]) -> Plan:
     """The plan with the config keys that apply it, what they cost, and the notes of this config."""
-    notes = [note for note in find_notes(cfg) if note not in plan.notes]
-    plan = dataclasses.replace(plan, config_updates=dict(updates), notes=[*plan.notes, *notes])
-    if sharded(cfg):  # no process holds the layers whose shapes a prediction is made from
-        return plan
-    stack = find_stack(model)
-    key = trains_embeddings(cfg)
-    with ready_to_run(model, stack), left_as_found(model, autocast=autocast_of(cfg)):
-        prediction = predict(
-            stack,
-            mode=mode_of(cfg, model, stack),
-            first_trainable=plan.first_trainable,
-            shape=StepShape(batch=cfg.micro_batch_size or 1, positions=cfg.sequence_len),
-            autocast=autocast_of(cfg),
-            why=f"`{key}` trains embeddings, so the backward pass runs through every layer." if key else None,
-        )
-    return dataclasses.replace(plan, prediction=prediction)
-
-
-def mode_of(cfg: Any, model: nn.Module, stack: DecoderStack) -> Mode:
-    """How a config trains, in the cost model's terms; for adapters as if every layer were trained."""
-    stock = None
-    if cfg.lora_model_dir:  # what is continued has a config of its own, which governs
-        stock = LoraConfig.from_pretrained(cfg.lora_model_dir)
-    elif cfg.adapter:
-        stock = _build_peft_lora_config(model, cfg)
-    return Mode(
-        adapters=None if stock is None else adapted_modules(model, stock),
-        checkpointing=bool(cfg.gradient_checkpointing),
-        reentrant=reentrant(cfg),
-        train_norm_and_head=trains_head(cfg, stack),
-        stop_backward=stops_backward(cfg),
+    notes = [note for note in settings.notes if note not in plan.notes]
+    return dataclasses.replace(
+        plan,
+        config_updates=dict(updates),
+        notes=[*plan.notes, *notes],
+        prediction=predict_costs(settings, model, first_trainable=plan.first_trainable),
     )
 
 
-def publish(cfg: Any, plan: Plan, *, config_as_written: Mapping[str, Any]) -> None:
+def predict_costs(settings: RunSettings, model: nn.Module, *, first_trainable: int) -> Prediction | None:
+    """What a step costs with this cut, and with every other; None where no process holds the layers to be measured."""
+    if settings.sharded:
+        return None
+    stack = find_stack(model)
+    key = settings.trains_embeddings
+    with evaluating(model, stack, autocast=settings.autocast):
+        return predict(
+            stack,
+            mode=mode_of(settings, model, stack),
+            first_trainable=first_trainable,
+            shape=settings.shape,
+            autocast=settings.autocast,
+            why=f"`{key}` trains embeddings, so the backward pass runs through every layer." if key else None,
+        )
+
+
+def mode_of(settings: RunSettings, model: nn.Module, stack: DecoderStack) -> Mode:
+    """How a config trains, in the cost model's terms; for adapters as if every layer were trained."""
+    stock = None
+    if settings.continued_adapter:  # what is continued has a config of its own, which governs
+        stock = LoraConfig.from_pretrained(settings.continued_adapter)
+    elif settings.adapter:
+        stock = _build_peft_lora_config(model, settings.cfg)
+    return Mode(
+        adapters=None if stock is None else adapted_modules(model, stock),
+        checkpointing=settings.checkpointing,
+        reentrant=settings.reentrant,
+        train_norm_and_head=settings.train_norm_and_head(stack),
+        stop_backward=settings.stop_backward,
+    )
+
+
+def publish(settings: RunSettings, plan: Plan, *, config_as_written: Mapping[str, Any]) -> None:
     """Write plan, recipe and report, and print the table; only the main process does this."""
-    path = plan_path(cfg)
+    path = settings.plan_path
     _keep_scores(path, plan)
     write_text(path, plan.to_json())
     config_text = recipe_text(config_as_written, plan)
     write_text(path.with_name(RECIPE_FILE), config_text)
-    if options_of(cfg).report:
+    if settings.options.report:
         write_report(plan, path.parent, config_text=config_text)
     print_plan(plan)
     LOG.info("layersel: the plan is %s", path)

@@ -6,7 +6,7 @@ Called by the callback in `prefix_guard.py` and by `axolotl layersel cache`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
 from axolotl_layersel.integration.processes import Processes
-from axolotl_layersel.integration.run_settings import autocast_of, options_of
+from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.model.latent_states import left_as_found
 from axolotl_layersel.plan import Plan
@@ -34,14 +34,7 @@ LOG = get_logger("axolotl.integrations.layersel")
 T = TypeVar("T")
 
 FILL_TOKENS = 16_384  # in a batch without gradients, or the run's own micro batch if that is larger
-DEFAULT_FOLDER = "layersel_prefix_cache"
 _VERSIONS = ("axolotl", "torch", "transformers", "peft")
-
-
-def cache_folder(cfg: Mapping[str, Any]) -> Path:
-    """Where the caches of this config lie: beside the prepared data, so that runs that share those share them."""
-    given = options_of(cfg).prefix_cache_dir
-    return Path(given) if given else Path(cfg.get("dataset_prepared_path") or "last_run_prepared") / DEFAULT_FOLDER
 
 
 class CacheRun:
@@ -52,14 +45,14 @@ class CacheRun:
     """
 
     def __init__(
-        self, cfg: Any, plan: Plan, *, trainer: Any, processes: Processes, obstacles: Sequence[str] = ()
+        self, settings: RunSettings, plan: Plan, *, trainer: Any, processes: Processes, obstacles: Sequence[str] = ()
     ) -> None:
-        self.cfg = cfg
+        self.settings = settings
         self.plan = plan
         self.trainer = trainer
         self.processes = processes
         self.obstacles = obstacles
-        self.options = options_of(cfg)
+        self.options = settings.options
         self.installed: list[CachedPrefix] = []  # in the model, and in a reference model beside it
 
     def prepare(self, model: nn.Module, *, epochs: float, train: bool = True) -> Path:
@@ -78,7 +71,7 @@ class CacheRun:
         """
         if self.obstacles:
             raise PrefixCacheError(" ".join(self.obstacles))
-        stack, k, autocast = find_stack(model), self.plan.first_trainable, autocast_of(self.cfg)
+        stack, k, autocast = find_stack(model), self.plan.first_trainable, self.settings.autocast
         tolerance = rounding_tolerance(stack, first_trainable=k, autocast=autocast)
         with self.processes.stopping_together(), contextlib.ExitStack() as held:
             samples = self._samples()
@@ -105,7 +98,7 @@ class CacheRun:
                     store,
                     missing,
                     first_trainable=k,
-                    batch_tokens=max(FILL_TOKENS, (self.cfg.micro_batch_size or 1) * self.cfg.sequence_len),
+                    batch_tokens=max(FILL_TOKENS, self.settings.batch_tokens),
                     autocast=autocast,
                     share=(self.processes.rank, self.processes.world_size),
                     show_progress=self.processes.is_main and bool(missing),
@@ -169,23 +162,23 @@ class CacheRun:
         found = find_obstacles(
             stack,
             first_trainable=self.plan.first_trainable,
-            preference=bool(self.cfg.rl),
-            max_tokens=self.cfg.sequence_len,
+            preference=bool(self.settings.rl),
+            max_tokens=self.settings.shape.positions,
         )
         if found:
             raise PrefixCacheError(" ".join(found))
-        with left_as_found(model, autocast=autocast_of(self.cfg)):
+        with left_as_found(model, autocast=self.settings.autocast):
             return probe(model, stack, samples, first_trainable=self.plan.first_trainable, tolerance=tolerance)
 
     def _identity(self, stack: DecoderStack, states: Tensor) -> tuple[Path, str, dict[str, Any]]:
         facts = {
             "base_model": self.plan.base_model,
-            "autocast": str(autocast_of(self.cfg)),
+            "autocast": str(self.settings.autocast),
             "states": [str(states.dtype), states.shape[-1], self.options.prefix_cache_dtype],
             "versions": {name: version(name) for name in _VERSIONS},
         }
         fingerprint, about = prefix_fingerprint(stack, first_trainable=self.plan.first_trainable, facts=facts)
-        return cache_folder(self.cfg) / fingerprint, fingerprint, about
+        return self.settings.cache_folder / fingerprint, fingerprint, about
 
     def _on_disk(self, folder: Path, fingerprint: str, states: Tensor) -> FileStore:
         return FileStore(
@@ -227,7 +220,7 @@ class CacheRun:
         )
         gb = self.options.prefix_cache_gb
         room = Room(
-            free_disk=disk_free(cache_folder(self.cfg)),
+            free_disk=disk_free(self.settings.cache_folder),
             free_memory=psutil.virtual_memory().available,
             limit=None if gb is None else gb * 1e9,
             processes=self.processes.world_size,
@@ -296,6 +289,6 @@ class CacheRun:
         eight_bit = any(hasattr(p, "SCB") for m in modules for p in m.parameters(recurse=False))
         if wanted is False or (wanted == "auto" and device.type != "cuda") or eight_bit:
             return None
-        folder = cache_folder(self.cfg)
+        folder = self.settings.cache_folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return OffloadedWeights(modules, kept=list(stack.head.parameters()), folder=folder)

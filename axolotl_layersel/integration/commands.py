@@ -24,10 +24,9 @@ from axolotl_layersel.compare.methods import Choice, Rule, compare_methods
 from axolotl_layersel.config.conflicts import names_plugin
 from axolotl_layersel.integration import apply
 from axolotl_layersel.integration import decide as run
-from axolotl_layersel.integration import run_settings as settings
 from axolotl_layersel.integration import runnable_model as readiness
-from axolotl_layersel.integration.cache_run import cache_folder
 from axolotl_layersel.integration.prefix_guard import PrefixGuard
+from axolotl_layersel.integration.run_settings import cache_folder, settings_of
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import Plan, read_plan
 from axolotl_layersel.prefix_cache.folders import CacheFolder, clear_cache, list_caches
@@ -60,7 +59,7 @@ def score(config: Path, overrides: Mapping[str, Any]) -> tuple[Plan, Path]:
     manager.load_datasets(cfg, preprocess=False)  # arms the plugin, as `axolotl train` does
     _load_model(cfg)
     manager.post_train_unload(cfg)
-    path = settings.plan_path(cfg)
+    path = settings_of(cfg).plan_path
     return read_plan(path), path
 
 
@@ -74,18 +73,18 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
         ValueError: the config is not valid, or its model or data cannot be scored.
     """
     cfg = _load(config, overrides)
-    options = settings.options_of(cfg)
-    meta = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
-    sample = run.draw_sample(cfg, meta.train_dataset)
-    seed = settings.seed_of(cfg)
+    settings = settings_of(cfg)
+    options = settings.options
+    meta = (load_preference_datasets if settings.rl else load_datasets)(cfg=cfg)
+    sample = run.draw_sample(settings, meta.train_dataset)
     found: list[Choice] = []
     about: dict[str, Any] = {
-        "base_model": cfg.base_model,
-        "adapter": cfg.adapter,
+        "base_model": settings.base_model,
+        "adapter": settings.adapter,
         "sample": {
             "rows": len(sample.rows),
             "tokens": sample.tokens,
-            "seed": seed,
+            "seed": settings.seed,
             "fingerprint": sample.fingerprint(),
         },
         "policy": options.policy,
@@ -96,8 +95,7 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
         readiness.place(model)
         stack = find_stack(model)
         about["num_layers"] = stack.num_layers
-        bare = Plan(base_model=cfg.base_model, adapter=cfg.adapter, num_layers=stack.num_layers, first_trainable=0)
-        prediction = apply.complete(cfg, model, bare, {}).prediction
+        predicted = apply.predict_costs(settings, model, first_trainable=0)
         with readiness.ready_to_run(model, stack):
             found[:] = compare_methods(
                 model,
@@ -105,10 +103,10 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
                 deviation=options.deviation,
                 gain=options.gain,
                 rule=Rule(options.policy, options.coverage, options.budget, options.min_layers),
-                seed=seed,
-                batch_tokens=max(cfg.micro_batch_size or 1, 1) * cfg.sequence_len,
-                autocast=settings.autocast_of(cfg),
-                step_of_cut=None if prediction is None else prediction.per_cut.step,
+                seed=settings.seed,
+                batch_tokens=settings.batch_tokens,
+                autocast=settings.autocast,
+                step_of_cut=None if predicted is None else predicted.per_cut.step,
             )
 
     with _visiting(visit):

@@ -18,11 +18,10 @@ from axolotl.utils.logging import get_logger
 from torch import nn
 
 from axolotl_layersel import __version__
-from axolotl_layersel.config.options import LayerSelOptions
-from axolotl_layersel.integration.output_folder import check_writable, claim_folder
+from axolotl_layersel.integration.output_folder import claim_folder
 from axolotl_layersel.integration.preference_rows import PreferenceRows
 from axolotl_layersel.integration.processes import Processes
-from axolotl_layersel.integration.run_settings import autocast_of, options_of, plan_path, seed_of
+from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.integration.runnable_model import check_whole, place, ready_to_run
 from axolotl_layersel.method.calibration import Sample, draw_rows
 from axolotl_layersel.method.score_layers import score_layers
@@ -33,61 +32,58 @@ from axolotl_layersel.report.progress import progress
 LOG = get_logger("axolotl.integrations.layersel")
 
 
-def claim(cfg: Any) -> None:
+def claim(settings: RunSettings) -> None:
     """Keep other runs out of this run's folder, and see that the plan can be written there before anything is scored.
 
     Raises:
         ClaimError: another run is in it.
         PlanError: nothing can be written there.
     """
-    path = plan_path(cfg)
+    path = settings.plan_path
     try:
-        note = claim_folder(path.parent.parent)
-        check_writable(path.parent)
+        claim_folder(path.parent)
     except OSError as error:
         raise PlanError(
             f"the plan cannot be written to {str(path)!r}: {error}. Nothing was scored or trained; free some space, or "
             "choose another output_dir"
         ) from error
-    if note is not None:
-        LOG.warning(note)
 
 
-def decide(cfg: Any, model: nn.Module, dataset: Any, *, processes: Processes) -> Plan:
+def decide(settings: RunSettings, model: nn.Module, dataset: Any, *, processes: Processes) -> Plan:
     """The plan of this run, equal on every process.
 
     Args:
-        cfg: axolotl's validated config.
+        settings: of the run.
         model: the base model, before adapters.
         dataset: the prepared training set; unused where a cut is given.
 
     Raises:
         ValueError (and its kinds in the core): nothing may be trained.
     """
-    options = options_of(cfg)
     stack = find_stack(model)
     # One process reads for all: on another machine the same path may hold another plan, or none.
-    given, resumed = processes.main_only(lambda: (_given_plan(cfg, options, stack), _resumed_plan(cfg)))
+    given, resumed = processes.main_only(lambda: (_given_plan(settings, stack), _resumed_plan(settings)))
     if resumed is not None:
         if given is not None and given.first_trainable != resumed.first_trainable:
             raise PlanError(
-                f"the checkpoint {cfg.resume_from_checkpoint or cfg.output_dir} was trained with "
+                f"the checkpoint {settings.resume_from_checkpoint or settings.output_dir} was trained with "
                 f"first_layer {resumed.first_trainable}, this config asks for {given.first_trainable}: remove the cut "
                 "from the config to resume, or train into another output_dir"
             )
-        _check_fits(resumed, cfg, stack, source="the plan of the checkpoint")
+        _check_fits(resumed, settings, stack, source="the plan of the checkpoint")
         LOG.info("resuming: the plan of the checkpoint is used, nothing is scored")
         return resumed
     if given is not None:
         return given
-    return _scored_plan(cfg, options, model, stack, dataset, processes)
+    return _scored_plan(settings, model, stack, dataset, processes)
 
 
-def _given_plan(cfg: Any, options: LayerSelOptions, stack: DecoderStack) -> Plan | None:
+def _given_plan(settings: RunSettings, stack: DecoderStack) -> Plan | None:
     """A plan by hand or from a file, without its scores where there are none."""
+    options = settings.options
     if options.plan is not None:
         plan = read_plan(options.plan)
-        _check_fits(plan, cfg, stack, source=options.plan)
+        _check_fits(plan, settings, stack, source=options.plan)
         return plan
     if options.first_layer is None:
         return None
@@ -97,17 +93,20 @@ def _given_plan(cfg: Any, options: LayerSelOptions, stack: DecoderStack) -> Plan
             f"0 to {stack.num_layers - 1}"
         )
     return Plan(
-        **_identity(cfg), num_layers=stack.num_layers, first_trainable=options.first_layer, options=options.model_dump()
+        **_identity(settings),
+        num_layers=stack.num_layers,
+        first_trainable=options.first_layer,
+        options=options.model_dump(),
     )
 
 
-def _resumed_plan(cfg: Any) -> Plan | None:
+def _resumed_plan(settings: RunSettings) -> Plan | None:
     """The plan beside the checkpoint that training will resume from, or None if it starts afresh."""
-    checkpoint = cfg.resume_from_checkpoint
-    if checkpoint is None and cfg.auto_resume_from_checkpoints:
+    checkpoint = settings.resume_from_checkpoint
+    if checkpoint is None and settings.auto_resume:
         from axolotl.utils.train import determine_last_checkpoint
 
-        checkpoint = determine_last_checkpoint(cfg, update=False)
+        checkpoint = determine_last_checkpoint(settings.cfg, update=False)
     if not checkpoint:
         return None
     try:
@@ -120,41 +119,43 @@ def _resumed_plan(cfg: Any) -> Plan | None:
         ) from error
 
 
-def _check_fits(plan: Plan, cfg: Any, stack: DecoderStack, *, source: str) -> None:
-    plan.check_fits(base_model=cfg.base_model, adapter=cfg.adapter, num_layers=stack.num_layers, source=source)
+def _check_fits(plan: Plan, settings: RunSettings, stack: DecoderStack, *, source: str) -> None:
+    plan.check_fits(
+        base_model=settings.base_model, adapter=settings.adapter, num_layers=stack.num_layers, source=source
+    )
 
 
-def _identity(cfg: Any) -> dict[str, Any]:
+def _identity(settings: RunSettings) -> dict[str, Any]:
     packages = ("axolotl", "torch", "transformers", "peft")
     return {
-        "base_model": cfg.base_model,
-        "revision": cfg.revision_of_model,
-        "adapter": cfg.adapter,
+        "base_model": settings.base_model,
+        "revision": settings.revision,
+        "adapter": settings.adapter,
         "created_by": {"axolotl_layersel": __version__, **{name: version(name) for name in packages}},
     }
 
 
-def draw_sample(cfg: Any, dataset: Any) -> Sample:
+def draw_sample(settings: RunSettings, dataset: Any) -> Sample:
     """The calibration sample of this config, from the prepared training set."""
-    options = options_of(cfg)
-    if cfg.rl:
-        tokenizer = load_tokenizer(cfg)
-        dataset = PreferenceRows(dataset, rl=cfg.rl, tokenizer=tokenizer, max_length=cfg.sequence_len)
+    length = settings.shape.positions
+    if settings.rl:
+        tokenizer = load_tokenizer(settings.cfg)
+        dataset = PreferenceRows(dataset, rl=settings.rl, tokenizer=tokenizer, max_length=length)
     return draw_rows(
         dataset,
-        num_samples=options.num_samples,
-        max_tokens=options.max_tokens,
-        seed=seed_of(cfg),
-        sequence_len=cfg.sequence_len,
+        num_samples=settings.options.num_samples,
+        max_tokens=settings.options.max_tokens,
+        seed=settings.seed,
+        sequence_len=length,
     )
 
 
 def _scored_plan(
-    cfg: Any, options: LayerSelOptions, model: nn.Module, stack: DecoderStack, dataset: Any, processes: Processes
+    settings: RunSettings, model: nn.Module, stack: DecoderStack, dataset: Any, processes: Processes
 ) -> Plan:
     """Score on the prepared training set with the model that will be trained."""
-    started = time.perf_counter()
-    sample = draw_sample(cfg, dataset)
+    started, options = time.perf_counter(), settings.options
+    sample = draw_sample(settings, dataset)
     check_whole(model)
     place(model)
     share = len(range(processes.rank, len(sample.rows), processes.world_size))
@@ -168,20 +169,20 @@ def _scored_plan(
             coverage=options.coverage,
             budget=options.budget,
             min_layers=options.min_layers,
-            seed=seed_of(cfg),
-            batch_tokens=max(cfg.micro_batch_size or 1, 1) * cfg.sequence_len,
-            autocast=autocast_of(cfg),
+            seed=settings.seed,
+            batch_tokens=settings.batch_tokens,
+            autocast=settings.autocast,
             share=(processes.rank, processes.world_size),
             together=processes.together,
             progress=advance,
         )
     plan = Plan(
-        **_identity(cfg),
+        **_identity(settings),
         num_layers=stack.num_layers,
         first_trainable=scored.first_trainable,
         options=options.model_dump(),
         scores=scored.scores,
-        sample=_describe(sample, cfg),
+        sample=_describe(sample, settings),
         notes=[*sample.notes, *scored.notes],
         seconds=round(time.perf_counter() - started, 3),
     )
@@ -194,11 +195,11 @@ def _tokenizer_fingerprint(cfg: Any) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:12]
 
 
-def _describe(sample: Sample, cfg: Any) -> ScoredSample:
+def _describe(sample: Sample, settings: RunSettings) -> ScoredSample:
     return ScoredSample(
         rows=len(sample.rows),
-        seed=seed_of(cfg),
+        seed=settings.seed,
         dataset_fingerprint=sample.fingerprint(),
-        tokenizer_fingerprint=_tokenizer_fingerprint(cfg),
-        datasets=[str(d.get("path")) for d in cfg.datasets or cfg.pretraining_dataset or []],
+        tokenizer_fingerprint=_tokenizer_fingerprint(settings.cfg),
+        datasets=list(settings.datasets),
     )

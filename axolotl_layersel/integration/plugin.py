@@ -14,20 +14,19 @@ Inference, merging, evaluation and preprocessing load models and datasets too, b
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 from torch import nn
 
-from axolotl_layersel.config.conflicts import cut_is_given, names_plugin
+from axolotl_layersel.config.conflicts import names_plugin
 from axolotl_layersel.integration import apply
 from axolotl_layersel.integration import decide as run
-from axolotl_layersel.integration import run_settings as settings
 from axolotl_layersel.integration.output_folder import release_folders
 from axolotl_layersel.integration.prefix_guard import prefix_guards
 from axolotl_layersel.integration.processes import Processes, join_processes
 from axolotl_layersel.integration.ray_workers import config_as_written
+from axolotl_layersel.integration.run_settings import RunSettings, settings_of
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.report.model_card import add_to_model_card
@@ -42,13 +41,13 @@ from axolotl_layersel.training.trained_below_cut import obstacles
 class _Run:
     """What is known of the run that this process trains."""
 
-    cfg: Any
+    settings: RunSettings
     dataset: Any = None
     plan: Plan | None = None
     processes: Processes = field(default_factory=Processes)
     loaded: bool = False  # the model to train is; a reference model may follow
-    stops_backward: bool = False
-    train_head: bool = False
+    stop_backward: bool = False
+    train_norm_and_head: bool = False
 
 
 class LayerSelPlugin(BasePlugin):
@@ -73,13 +72,13 @@ class LayerSelPlugin(BasePlugin):
         """Let axolotl load the training set, keep a reference for scoring, and hand it on."""
         if preprocess or not names_plugin(cfg) or not self._acts():
             return None
-        self._run = _Run(cfg=cfg)
+        self._run = current = _Run(settings_of(cfg))
         others = [p for p in PluginManager.get_instance().plugins.values() if not isinstance(p, LayerSelPlugin)]
-        if cut_is_given(cfg) and any(type(p).load_datasets is not BasePlugin.load_datasets for p in others):
+        if current.settings.cut_is_given and any(type(p).load_datasets is not BasePlugin.load_datasets for p in others):
             return None  # theirs is the training set; nothing is scored on it. Two of them are refused by axolotl
         from axolotl.common.datasets import load_datasets, load_preference_datasets
 
-        meta = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
+        meta = (load_preference_datasets if current.settings.rl else load_datasets)(cfg=cfg)
         self._run.dataset = meta.train_dataset
         return meta
 
@@ -88,22 +87,23 @@ class LayerSelPlugin(BasePlugin):
         current = self._current(cfg)
         if current is None or current.plan is not None:  # a reference model is loaded with the same config
             return
-        current.processes = processes = join_processes(cpu=bool(cfg.use_cpu))
+        settings = current.settings
+        current.processes = processes = join_processes(cpu=settings.use_cpu)
         with processes.stopping_together():
-            processes.main_only(lambda: run.claim(cfg))
-            plan = run.decide(cfg, model, current.dataset, processes=processes)
-            updates = apply.config_updates(cfg, model, plan)
-            plan = apply.complete(cfg, model, plan, updates)
-            processes.main_only(lambda: apply.publish(cfg, plan, config_as_written=self.config_as_written))
+            processes.main_only(lambda: run.claim(settings))
+            plan = run.decide(settings, model, current.dataset, processes=processes)
+            updates = apply.config_updates(settings, model, plan)
+            plan = apply.complete(settings, model, plan, updates)
+            processes.main_only(lambda: apply.publish(settings, plan, config_as_written=self.config_as_written))
         current.plan = plan
         for key, value in updates.items():
             cfg[key] = value
         stack = find_stack(model)
-        current.train_head = settings.trains_head(cfg, stack)
-        current.stops_backward = settings.stops_backward(cfg)
-        if current.stops_backward:
+        current.train_norm_and_head = settings.train_norm_and_head(stack)
+        current.stop_backward = settings.stop_backward
+        if current.stop_backward:
             frontier.stop_backward(
-                model, layers=stack.layers, first_trainable=plan.first_trainable, reentrant=settings.reentrant(cfg)
+                model, layers=stack.layers, first_trainable=plan.first_trainable, reentrant=settings.reentrant
             )
 
     def post_model_load(self, cfg: Any, model: nn.Module) -> None:
@@ -113,17 +113,19 @@ class LayerSelPlugin(BasePlugin):
             return
         current.loaded = True
         if not hasattr(model, "peft_config"):
-            if cfg.adapter and cfg.unfrozen_parameters and current.processes.is_main:
+            frozen = "unfrozen_parameters" in current.plan.config_updates
+            if current.settings.adapter and frozen and current.processes.is_main:
                 run.LOG.info(
                     "layersel: this trainer adds the adapters itself, later; until then axolotl rightly says that all "
                     "parameters are frozen. Before the first step the trainable ones are compared with the plan"
                 )
             return
-        if not current.stops_backward:
+        if not current.stop_backward:
             return
         found = obstacles(model, stack=find_stack(model), first_trainable=current.plan.first_trainable)
-        if found and not cfg.lora_model_dir:  # adapters of frozen layers are frozen by name once the model is loaded
-            current.stops_backward = False
+        # The adapters of a continued one's frozen layers are frozen by name once the model is loaded.
+        if found and not current.settings.continued_adapter:
+            current.stop_backward = False
             frontier.restore_backward(model)
             run.LOG.warning("layersel: freezing saves no compute in this run: %s", " ".join(found))
 
@@ -137,26 +139,26 @@ class LayerSelPlugin(BasePlugin):
         return [
             PlanGuard(
                 current.plan,
-                train_head=current.train_head,
-                stops_backward=current.stops_backward,
-                reentrant=settings.reentrant(cfg),
+                train_norm_and_head=current.train_norm_and_head,
+                stop_backward=current.stop_backward,
+                reentrant=current.settings.reentrant,
             ),
             *prefix_guards(
-                cfg,
+                current.settings,
                 current.plan,
                 trainer=trainer,
                 processes=current.processes,
-                stops_backward=current.stops_backward,
+                stop_backward=current.stop_backward,
             ),
             StepTimer(current.plan, trainer=trainer),
-            PlanTracker(current.plan, settings.plan_path(cfg).parent, trainer=trainer),
+            PlanTracker(current.plan, current.settings.plan_path.parent, trainer=trainer),
         ]
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:
         """Describe the choice in the model card; axolotl calls this before and after it writes the card."""
         current = self._current(cfg)
         if current is not None and current.plan is not None and current.processes.is_main:
-            add_to_model_card(Path(cfg.output_dir) / "README.md", current.plan)
+            add_to_model_card(current.settings.output_dir / "README.md", current.plan)
 
     def post_train_unload(self, cfg: Any) -> None:
         """Forget the run, and let others train into its folder."""
@@ -165,7 +167,7 @@ class LayerSelPlugin(BasePlugin):
 
     def _current(self, cfg: Any) -> _Run | None:
         """The run of this very config object, or None outside of training."""
-        return self._run if self._run is not None and self._run.cfg is cfg else None
+        return self._run if self._run is not None and self._run.settings.cfg is cfg else None
 
     def _acts(self) -> bool:
         """Whether this is the first of possibly two instances that axolotl made, one for each spelling."""

@@ -8,10 +8,9 @@ from axolotl.utils.logging import get_logger
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from axolotl_layersel.config.prefix_cache import cache_obstacles
 from axolotl_layersel.integration.cache_run import CacheRun
 from axolotl_layersel.integration.processes import Processes
-from axolotl_layersel.integration.run_settings import options_of
+from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.prefix_cache.state_store import PrefixCacheError
 
@@ -54,12 +53,12 @@ class PrefixGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any
 
 
 def prefix_guards(
-    cfg: Any, plan: Plan, *, trainer: Any, processes: Processes, stops_backward: bool
+    settings: RunSettings, plan: Plan, *, trainer: Any, processes: Processes, stop_backward: bool
 ) -> list[PrefixGuard]:
     """The callback of a run with a cache; none where the config wants none."""
-    if options_of(cfg).prefix_cache == "off" or plan.first_trainable == 0:
+    if settings.options.prefix_cache == "off" or plan.first_trainable == 0:
         return []
-    obstacles = cache_obstacles(cfg)
-    if not stops_backward and not obstacles:
+    obstacles = list(settings.cache_obstacles)
+    if not stop_backward and not obstacles:
         obstacles = ["something below the cut is trained, so the frozen layers have to run."]
-    return [PrefixGuard(CacheRun(cfg, plan, trainer=trainer, processes=processes, obstacles=obstacles))]
+    return [PrefixGuard(CacheRun(settings, plan, trainer=trainer, processes=processes, obstacles=obstacles))]

@@ -1,56 +1,123 @@
-"""What a run needs to know of axolotl's validated config, in this package's terms."""
+"""What a run needs to know of axolotl's validated config, in this package's terms: asked once, when the run starts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from axolotl_layersel.config.conflicts import trains_embeddings
+from axolotl_layersel.config.conflicts import find_notes, sharded, trains_embeddings
 from axolotl_layersel.config.options import LayerSelOptions
+from axolotl_layersel.config.prefix_cache import cache_obstacles
+from axolotl_layersel.cost.cut_cost import StepShape
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER
 from axolotl_layersel.training.trainable_parameters import resolve_train_head
 
 AUTOCAST_TYPES = (torch.bfloat16, torch.float16)
+CACHE_FOLDER = "layersel_prefix_cache"  # in the folder of the prepared data
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One run's config. The rest of the package asks this, and never the config itself."""
+
+    cfg: Any = field(repr=False)  # axolotl's own, to be passed to axolotl's functions
+    options: LayerSelOptions  # the `layersel:` block
+    base_model: str
+    revision: str | None
+    adapter: Literal["lora", "qlora"] | None  # None for full fine-tuning
+    continued_adapter: str | None  # folder of an adapter that is trained on
+    lora_targets: tuple[str, ...]  # the modules that are listed one by one
+    lora_target_linear: bool
+    dropout_on_experts: bool  # PEFT is to accept adapters with dropout on single parameters
+    output_dir: Path
+    cache_folder: Path  # where caches on the disk lie
+    datasets: tuple[str, ...]  # their paths or names
+    rl: str | None
+    seed: int  # of every draw
+    autocast: torch.dtype | None  # the trainer's; None for full precision
+    shape: StepShape  # of a micro batch
+    checkpointing: bool
+    reentrant: bool  # checkpointing is reentrant, with a boundary at the cut
+    stop_backward: bool  # the backward pass ends at the cut
+    sharded: bool  # no process holds the whole model
+    trains_embeddings: str | None  # the key that does, so that gradients must reach the input
+    use_cpu: bool
+    resume_from_checkpoint: str | None
+    auto_resume: bool
+    cache_obstacles: tuple[str, ...]  # why there can be no prefix cache
+    notes: tuple[str, ...]  # what the user should know about this config
+
+    @property
+    def plan_path(self) -> Path:
+        """Where this run's plan is written: `<output_dir>/layersel/plan.json`."""
+        return self.output_dir / PLAN_FOLDER / PLAN_FILE
+
+    @property
+    def cut_is_given(self) -> bool:
+        """Whether the config gives a cut or a plan, so that nothing is scored."""
+        return self.options.first_layer is not None or self.options.plan is not None
+
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens of a micro batch."""
+        return self.shape.batch * self.shape.positions
+
+    def train_norm_and_head(self, stack: DecoderStack) -> bool:
+        """Whether final norm and head are trained: in full fine-tuning, where that does not reach the embeddings."""
+        return self.adapter is None and resolve_train_head(self.options.train_head, tied=stack.tied)
+
+
+def settings_of(cfg: Any) -> RunSettings:
+    """Everything that is asked of a validated config.
+
+    Args:
+        cfg: axolotl's, where a missing key is None.
+    """
+    options, embeddings = options_of(cfg), trains_embeddings(cfg)
+    listed = cfg.lora_target_modules
+    kwargs = cfg.gradient_checkpointing_kwargs or {}
+    return RunSettings(
+        cfg=cfg,
+        options=options,
+        base_model=cfg.base_model,
+        revision=cfg.revision_of_model,
+        adapter=cfg.adapter or None,
+        continued_adapter=cfg.lora_model_dir,
+        lora_targets=tuple(listed) if isinstance(listed, list) else (),
+        lora_target_linear=bool(cfg.lora_target_linear),
+        dropout_on_experts=bool(cfg.lora_dropout and not cfg.lora_target_parameters),
+        output_dir=Path(cfg.output_dir),
+        cache_folder=cache_folder(cfg),
+        datasets=tuple(str(d.get("path")) for d in cfg.datasets or cfg.pretraining_dataset or []),
+        rl=cfg.rl,
+        seed=42 if cfg.seed is None else int(cfg.seed),  # axolotl's own default
+        autocast=cfg.torch_dtype if cfg.torch_dtype in AUTOCAST_TYPES else None,
+        shape=StepShape(batch=cfg.micro_batch_size or 1, positions=cfg.sequence_len),
+        checkpointing=bool(cfg.gradient_checkpointing),
+        # A compiled layer's frame may be used for another layer, without the boundary hook.
+        reentrant=bool(cfg.gradient_checkpointing and kwargs.get("use_reentrant") and not cfg.torch_compile),
+        stop_backward=options.stop_backward and not embeddings,
+        sharded=sharded(cfg) is not None,
+        trains_embeddings=embeddings,
+        use_cpu=bool(cfg.use_cpu),
+        resume_from_checkpoint=cfg.resume_from_checkpoint,
+        auto_resume=bool(cfg.auto_resume_from_checkpoints),
+        cache_obstacles=tuple(cache_obstacles(cfg)),
+        notes=tuple(find_notes(cfg)),
+    )
 
 
 def options_of(cfg: Mapping[str, Any]) -> LayerSelOptions:
-    """The validated `layersel:` block of a config; all defaults where there is none."""
+    """The `layersel:` block of a config, validated; all defaults where there is none."""
     return LayerSelOptions(**dict(cfg.get("layersel") or {}))
 
 
-def plan_path(cfg: Any) -> Path:
-    """Where this run's plan is written: `<output_dir>/layersel/plan.json`."""
-    return Path(cfg.output_dir) / PLAN_FOLDER / PLAN_FILE
-
-
-def seed_of(cfg: Any) -> int:
-    """The seed of every draw; axolotl's default where the config has none."""
-    return 42 if cfg.seed is None else int(cfg.seed)
-
-
-def autocast_of(cfg: Any) -> torch.dtype | None:
-    """The trainer's autocast dtype, or None for full precision."""
-    return cfg.torch_dtype if cfg.torch_dtype in AUTOCAST_TYPES else None
-
-
-def reentrant(cfg: Any) -> bool:
-    """Whether reentrant checkpointing is kept: the user asked for it, and does not compile.
-
-    A compiled layer's frame may be used for another layer, without the boundary hook.
-    """
-    asked = cfg.gradient_checkpointing and (cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-    return bool(asked and not cfg.torch_compile)
-
-
-def stops_backward(cfg: Any) -> bool:
-    """Whether this run ends its backward pass at the cut."""
-    return options_of(cfg).stop_backward and not trains_embeddings(cfg)
-
-
-def trains_head(cfg: Any, stack: DecoderStack) -> bool:
-    """Whether this run trains final norm and head: in full fine-tuning, where that does not reach the embeddings."""
-    return not cfg.adapter and resolve_train_head(options_of(cfg).train_head, tied=stack.tied)
+def cache_folder(cfg: Mapping[str, Any]) -> Path:
+    """Where a config's prefix caches on the disk lie; the config need not be validated."""
+    given = options_of(cfg).prefix_cache_dir
+    return Path(given) if given else Path(cfg.get("dataset_prepared_path") or "last_run_prepared") / CACHE_FOLDER

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_layersel.model.decoder_stack import DecoderStack
+from axolotl_layersel.model.latent_states import left_as_found
 
 
 def check_whole(model: nn.Module) -> None:
@@ -71,3 +72,10 @@ def ready_to_run(model: nn.Module, stack: DecoderStack) -> Iterator[None]:
         for module in tiled:
             for name in ("_compute_params", "_tiled_mlp_dist_impl"):
                 vars(module).pop(name, None)
+
+
+@contextmanager
+def evaluating(model: nn.Module, stack: DecoderStack, *, autocast: torch.dtype | None) -> Iterator[None]:
+    """Run the bare model as the trainer would run it, without dropout and gradients; all is undone on leaving."""
+    with ready_to_run(model, stack), left_as_found(model, autocast=autocast):
+        yield

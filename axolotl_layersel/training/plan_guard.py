@@ -23,18 +23,17 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
 
     Args:
         plan: the plan that the run applies; written into every checkpoint, so that a resumed run finds it.
-        train_head: full fine-tuning also trains final norm and head.
-        stops_backward: the backward pass ends at the cut, which the first step proves.
+        train_norm_and_head: full fine-tuning also trains final norm and head.
+        stop_backward: the backward pass ends at the cut, which the first step proves.
         reentrant: checkpointing is reentrant, with a boundary at the cut.
     """
 
-    def __init__(self, plan: Plan, *, train_head: bool, stops_backward: bool, reentrant: bool) -> None:
+    def __init__(self, plan: Plan, *, train_norm_and_head: bool, stop_backward: bool, reentrant: bool) -> None:
         self.plan = plan
-        self.train_head = train_head
-        self.stops_backward = stops_backward
+        self.train_norm_and_head = train_norm_and_head
+        self.stop_backward = stop_backward
         self.reentrant = reentrant
         self.proof: FirstStepProof | None = None
-        self.proved = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
@@ -46,10 +45,10 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
             stack,
             first_trainable=self.plan.first_trainable,
             adapter=self.plan.adapter,
-            train_head=self.train_head,
+            train_norm_and_head=self.train_norm_and_head,
         )
         check_trainable(model, expected=expected)
-        k = self.plan.first_trainable if self.stops_backward else 0
+        k = self.plan.first_trainable if self.stop_backward else 0
         stop_backward(model, layers=stack.layers, first_trainable=k, reentrant=self.reentrant)  # late wrappers too
         self.proof = FirstStepProof(
             model,
@@ -68,8 +67,7 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
             return
         self.proof.check()
         self.proof = None
-        self.proved = True
-        if self.stops_backward and self.plan.first_trainable:
+        if self.stop_backward and self.plan.first_trainable:
             LOG.info(
                 "layersel: proved in the first step: the backward pass stops at layer %d", self.plan.first_trainable
             )

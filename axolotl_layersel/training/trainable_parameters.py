@@ -18,10 +18,10 @@ from axolotl_layersel.model.parameter_names import layer_of
 _TRAINED = ("lora_", ".modules_to_save.", ".trainable_tokens_delta.")
 
 
-def full_patterns(stack: DecoderStack, *, first_trainable: int, train_head: bool) -> list[str]:
-    """`unfrozen_parameters` of full fine-tuning; matches layers k..L-1 and, with `train_head`, final norm and head."""
+def full_patterns(stack: DecoderStack, *, first_trainable: int, train_norm_and_head: bool) -> list[str]:
+    """`unfrozen_parameters` of full fine-tuning: layers k..L-1 and, with `train_norm_and_head`, norm and head."""
     patterns = [f"^{stack.layers_name}.({layer_numbers(stack, first_trainable)})[.].+"]
-    if train_head:
+    if train_norm_and_head:
         patterns += [f"^{stack.final_norm_name}[.].+", f"^{stack.head_name}[.].+"]
     return patterns
 
@@ -46,14 +46,19 @@ def resolve_train_head(option: str | bool, *, tied: bool) -> bool:
 
 
 def expected_trainable(
-    names: Iterable[str], stack: DecoderStack, *, first_trainable: int, adapter: str | None, train_head: bool
+    names: Iterable[str],
+    stack: DecoderStack,
+    *,
+    first_trainable: int,
+    adapter: str | None,
+    train_norm_and_head: bool,
 ) -> list[str]:
     """Which of a model's parameters the plan trains, by name.
 
     Args:
         names: all parameter names, PEFT's wrapper included.
         stack: found in the same model.
-        train_head: full fine-tuning also trains final norm and head.
+        train_norm_and_head: full fine-tuning also trains final norm and head.
 
     Raises:
         ValueError: a layer that is to be trained has no parameter to train, because no adapter target matches there.
@@ -64,7 +69,9 @@ def expected_trainable(
         if adapter:
             chosen = (layer is None or layer >= first_trainable) and any(part in name for part in _TRAINED)
         else:
-            chosen = layer >= first_trainable if layer is not None else train_head and _in_read_out(name, stack)
+            chosen = (
+                layer >= first_trainable if layer is not None else train_norm_and_head and _in_read_out(name, stack)
+            )
         if chosen:
             expected.append(name)
             reached.add(layer)

@@ -69,7 +69,7 @@ def case(*, lora: bool) -> dict[str, Any]:
         stack,
         first_trainable=CUT,
         adapter="lora" if lora else None,
-        train_head=not lora,
+        train_norm_and_head=not lora,
     )
     frozen = {n: p.full_tensor().clone() for n, p in sharded.named_parameters() if not p.requires_grad}
     proof = FirstStepProof(sharded, layers=stack.layers, first_trainable=CUT, expected_trainable=expected)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from axolotl_layersel.integration import apply
+from axolotl_layersel.integration.run_settings import settings_of
 from axolotl_layersel.method.calibration import Row
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.method.scoring_pass import measure
@@ -57,7 +58,7 @@ def batch(*, seed: int = 4, size: tuple[int, int] = (2, 11)) -> dict[str, Tensor
 
 def config(case: Case, adapter: str | None) -> DictDefault:
     """What axolotl would hold after validating this case's config."""
-    options: dict[str, Any] = {"base_model": "tiny", "layersel": {"first_layer": CUT}}
+    options: dict[str, Any] = {"base_model": "tiny", "output_dir": "out", "layersel": {"first_layer": CUT}}
     if adapter:
         options |= {"adapter": adapter, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
         options |= {"lora_target_modules": case.targets} if case.targets else {"lora_target_linear": True}
@@ -72,7 +73,7 @@ def prepared(model: PreTrainedModel, case: Case, *, adapter: str | None, stock: 
     """
     cfg = config(case, adapter)
     plan = Plan(base_model="tiny", num_layers=NUM_LAYERS, first_trainable=CUT, adapter=adapter)
-    cfg = DictDefault({**cfg, **apply.config_updates(cfg, model, plan)})
+    cfg = DictDefault({**cfg, **apply.config_updates(settings_of(cfg), model, plan)})
     layers = find_stack(model).layers
     whole: nn.Module = model
     if adapter:

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import psutil
 import pytest
+from axolotl.utils.dict import DictDefault
 from axolotl_runs import (
     Finished,
     environment,
@@ -31,7 +32,8 @@ from conftest import UNINTERRUPTED
 from plans import scored_plan
 
 from axolotl_layersel.integration import decide as runs
-from axolotl_layersel.integration.output_folder import ClaimError, check_writable, claim_folder, release_folders
+from axolotl_layersel.integration.output_folder import LOCK_FILE, ClaimError, claim_folder, release_folders
+from axolotl_layersel.integration.run_settings import settings_of
 from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
 
 HERE = Path(__file__).parents[1] / "helpers"
@@ -71,7 +73,7 @@ def battered(tmp_path_factory: pytest.TempPathFactory, run_inputs: dict[str, Pat
     trained = start(train_command(config), folder / "first.log", env=env)
     trained.wait_for("checkpoint-4")
     with pytest.raises(ClaimError) as refused:
-        claim_folder(out)
+        claim_folder(out / "layersel")
     seen["second run"] = str(refused.value)
     trained.wait_for("5/8")
     trained.signal(signal.SIGKILL)
@@ -89,11 +91,11 @@ def _without(plan: dict[str, Any], *names: str) -> dict[str, Any]:
 def test_an_interrupted_scoring_ends_at_once_and_leaves_nothing(battered: dict[str, Any]) -> None:
     assert "KeyboardInterrupt" in battered["interrupted"].log
     assert battered["interrupted"].returncode != 0
-    assert battered["left by interrupted"] == []
+    assert battered["left by interrupted"] == [LOCK_FILE]
 
 
 def test_a_killed_scoring_leaves_nothing_that_could_be_read(battered: dict[str, Any]) -> None:
-    assert battered["left by killed"] == []
+    assert battered["left by killed"] == [LOCK_FILE]
 
 
 def test_after_all_this_the_plan_is_that_of_an_undisturbed_run(battered: dict[str, Any], uninterrupted: Path) -> None:
@@ -140,8 +142,8 @@ def test_two_processes_that_are_hit_in_scoring_end_together(
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
     assert run.finish(timeout=40).returncode != 0
-    assert list((tmp_path / "out" / "layersel").glob("*")) == []
-    assert claim_folder(tmp_path / "out") is None  # nobody holds it
+    assert {path.name for path in (tmp_path / "out" / "layersel").glob("*")} <= {LOCK_FILE}
+    claim_folder(tmp_path / "out" / "layersel")  # nobody holds it
     release_folders()
 
 
@@ -205,17 +207,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_scoring(tmp_path: Pat
     """A file stands where the plan's folder must be; a read-only or full file system fails in the same call."""
     (tmp_path / "layersel").write_text("in the way")
 
-    class Cfg:
-        output_dir = str(tmp_path)
-
+    settings = settings_of(DictDefault({"base_model": "tiny", "output_dir": str(tmp_path)}))
     with pytest.raises(PlanError, match=r"the plan cannot be written to .*Nothing was scored or trained.*output_dir"):
-        runs.claim(Cfg())
+        runs.claim(settings)
     release_folders()
-
-
-def test_the_check_for_room_leaves_nothing(tmp_path: Path) -> None:
-    check_writable(tmp_path / "out" / "layersel")
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_real_lack_of_memory_is_answered_with_smaller_batches(tmp_path: Path) -> None:
@@ -291,7 +286,7 @@ def test_a_claim_ends_with_its_process_however_it_ends(tmp_path: Path) -> None:
         claim_folder(tmp_path)
     other.kill()
     other.communicate()
-    assert claim_folder(tmp_path) is None
-    assert claim_folder(tmp_path) is None  # again in this process: a second run after a first
+    claim_folder(tmp_path)
+    claim_folder(tmp_path)  # again in this process: a second run after a first
     release_folders()
     assert list(tmp_path.iterdir()) == []

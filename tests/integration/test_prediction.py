@@ -12,9 +12,17 @@ from tiny import tiny_llama
 
 from axolotl_layersel.cost.cut_cost import StepShape, cut_costs
 from axolotl_layersel.integration.apply import mode_of
+from axolotl_layersel.integration.run_settings import settings_of
 from axolotl_layersel.model.decoder_stack import find_stack
 
-BASE = {"base_model": "tiny", "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj"]}
+BASE = {
+    "base_model": "tiny",
+    "output_dir": "out",
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_target_modules": ["q_proj"],
+}
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -22,7 +30,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 def mode(**options: Any) -> Any:
     model = tiny_llama()
-    return mode_of(DictDefault({**BASE, **options}), model, find_stack(model))
+    return mode_of(settings_of(DictDefault({**BASE, **options})), model, find_stack(model))
 
 
 def test_compiled_runs_do_not_checkpoint_reentrantly() -> None:
@@ -44,7 +52,7 @@ def test_adapters_on_experts_alone_need_no_plan() -> None:
     """`compare` predicts before a cut is chosen, and so before the plugin writes the targets of its layers."""
     model = next(case for case in CASES if case.name == "Mixtral").model()
     cfg = DictDefault({**BASE, "lora_target_modules": None, "lora_target_parameters": EXPERTS})
-    found = mode_of(cfg, model, find_stack(model))
+    found = mode_of(settings_of(cfg), model, find_stack(model))
     cost = cut_costs(find_stack(model), mode=found, shape=StepShape(batch=1, positions=8))[0].cut
     lora = LoraConfig(r=4, target_modules=[], target_parameters=EXPERTS, task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, lora)

@@ -95,6 +95,27 @@ def test_integration_alone_knows_axolotl() -> None:
     assert knowing == KNOW_AXOLOTL - {"_startup"}
 
 
+def test_the_config_is_asked_when_the_run_starts_and_never_again() -> None:
+    """`run_settings.py` asks it; the hooks and commands pass it to axolotl, and asking is reading one of its keys."""
+    asking = {}
+    for path, tree in _modules().items():
+        if _room(path) == "integration":
+            keys = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_config(node.value)}
+            keys |= {
+                ast.unparse(n.slice) for n in ast.walk(tree) if isinstance(n, ast.Subscript) and _is_config(n.value)
+            }
+            asking[path.name] = keys
+    assert len(asking.pop("run_settings.py")) > 15, "the walk does not see what it looks for"
+    for before_validation in ("plugin.py", "ray_workers.py"):
+        asking[before_validation] -= {"get", "KEYS", "key", "'gradient_checkpointing_kwargs'", "'layersel'"}
+    asking["commands.py"] -= {"num_epochs", "is_multimodal"}  # of commands that are no runs
+    assert not {name: keys for name, keys in asking.items() if keys}
+
+
+def _is_config(node: ast.expr) -> bool:
+    return ast.unparse(node) in ("cfg", "settings.cfg", "self.settings.cfg", "current.settings.cfg")
+
+
 def test_the_rest_imports_with_axolotl_blocked() -> None:
     core = [
         ".".join(path.with_suffix("").parts)

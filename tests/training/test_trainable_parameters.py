@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from axolotl_layersel.cost.cut_cost import StepShape, cut_costs
 from axolotl_layersel.integration import apply
+from axolotl_layersel.integration.run_settings import settings_of
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.parameter_names import layer_of
 from axolotl_layersel.plan import Plan
@@ -46,7 +47,7 @@ def updates_of(cfg: Mapping[str, Any], model: PreTrainedModel, cut: int) -> dict
     """The config keys that the plugin writes."""
     num_layers = find_stack(model).num_layers
     plan = Plan(base_model="tiny", num_layers=num_layers, first_trainable=cut, adapter=cfg.get("adapter"))
-    return apply.config_updates(DictDefault(dict(cfg)), model, plan)
+    return apply.config_updates(settings_of(DictDefault({"output_dir": "out", **cfg})), model, plan)
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -70,7 +71,7 @@ def with_and_without(
         find_stack(ours),
         first_trainable=cut,
         adapter="lora",
-        train_head=False,
+        train_norm_and_head=False,
     )
     check_trainable(ours, expected=expected)
     assert trained(ours) == from_peft, "the two ways of saying it, in one config each, differ"
@@ -155,7 +156,7 @@ def test_the_prediction_counts_the_adapters_of_experts(key: str) -> None:
     cfg, model = DictDefault({**BASE, **options}), tiny(name)
     updates = updates_of(cfg, model, 2)
     stack = find_stack(model)
-    mode = apply.mode_of(cfg, model, stack)
+    mode = apply.mode_of(settings_of(DictDefault({"output_dir": "out", **cfg})), model, stack)
     cost = cut_costs(stack, mode=mode, shape=StepShape(batch=1, positions=8))[2]
     real, _ = load_lora(tiny(name), DictDefault({**BASE, **options, **updates}))
     assert cost.cut.trainable_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
@@ -202,7 +203,7 @@ def test_a_continued_adapter_is_trained_in_the_plan_s_layers_alone(tmp_path: Pat
     freeze_layers_except(ours, updates["unfrozen_parameters"])
     stack = find_stack(ours)
     names = [name for name, _ in ours.named_parameters()]
-    expected = expected_trainable(names, stack, first_trainable=10, adapter="lora", train_head=False)
+    expected = expected_trainable(names, stack, first_trainable=10, adapter="lora", train_norm_and_head=False)
     check_trainable(ours, expected=expected)
     kept = {n for n in trained(first) if layer_of(n, find_stack(llama())) in (10, 11, None)}
     assert trained(ours) == kept and any("lm_head" in n for n in kept) and any("model.norm" in n for n in kept)
@@ -231,7 +232,7 @@ def test_a_layer_without_any_adapter_is_refused_by_number() -> None:
             find_stack(ours),
             first_trainable=10,
             adapter="lora",
-            train_head=False,
+            train_norm_and_head=False,
         )
 
 
@@ -242,7 +243,7 @@ def test_full_patterns_do_not_take_layer_1_for_layer_10(cut: int) -> None:
     freeze_layers_except(model, updates["unfrozen_parameters"])
     stack = find_stack(model)
     expected = expected_trainable(
-        [n for n, _ in model.named_parameters()], stack, first_trainable=cut, adapter=None, train_head=True
+        [n for n, _ in model.named_parameters()], stack, first_trainable=cut, adapter=None, train_norm_and_head=True
     )
     check_trainable(model, expected=expected)
     assert {layer_of(name, stack) for name in trained(model)} == {*range(cut, 12), None}
@@ -251,7 +252,7 @@ def test_full_patterns_do_not_take_layer_1_for_layer_10(cut: int) -> None:
 
 def test_full_patterns_without_the_head_leave_norm_and_head_frozen() -> None:
     model = llama()
-    freeze_layers_except(model, full_patterns(find_stack(model), first_trainable=11, train_head=False))
+    freeze_layers_except(model, full_patterns(find_stack(model), first_trainable=11, train_norm_and_head=False))
     assert {layer_of(name, find_stack(model)) for name in trained(model)} == {11}
 
 
