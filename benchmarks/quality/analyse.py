@@ -40,13 +40,12 @@ def show_measured(curves: list[Curve]) -> None:
     table(
         "Measured retention at cut, best of the rates tried", ["task", "base", "all layers", *map(str, cuts[1:])], rows
     )
-    spread = [
-        float(np.std([c.retention(seed=s)[k] for s in best], ddof=1))
-        for c in curves for k, best in c.best().items() if k and len(set(best) & set(c.best()[0])) > 1
-    ]  # fmt: skip
+    spread = [x for c in curves if 0 in c.best() for x in c.seed_spreads()]
     if spread:
-        print(f"\nSpread over seeds (standard deviation of one seed, {len(spread)} cuts): "
-              f"{np.sqrt(np.mean(np.square(spread))):.3f}, largest {max(spread):.3f}")  # fmt: skip
+        print(
+            f"\nStandard deviation of one seed ({len(spread)} cuts and rates with more than one): "
+            f"{np.sqrt(np.mean(np.square(spread))):.3f}, largest {max(spread):.3f}"
+        )
     noise = [c.row_noise(k) for c in curves if "base" in c.signals for k in c.retention() if k]
     if noise:
         print(f"Standard error from the choice of held-out rows: mean {np.mean(noise):.3f}, largest {max(noise):.3f}")

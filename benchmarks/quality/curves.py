@@ -69,6 +69,16 @@ class Curve:
                 kept[cut] = float(np.mean(ratios))
         return kept
 
+    def seed_spreads(self) -> list[float]:
+        """Standard deviation of retention over seeds, for every cut and rate that has more than one beside cut 0."""
+        whole = self.best()[0]
+        kept: dict[tuple[int, float], list[float]] = {}
+        for run in self.of(steps=self.steps):
+            if run["index"] and run["seed"] in whole:
+                ratio = (self.base - run["loss"]) / (self.base - whole[run["seed"]]["loss"])
+                kept.setdefault((run["index"], run["learning_rate"]), []).append(ratio)
+        return [float(np.std(ratios, ddof=1)) for ratios in kept.values() if len(ratios) > 1]
+
     def row_noise(self, cut: int, *, steps: int | None = None, draws: int = 400) -> float:
         """Standard error of retention that comes from the choice of held-out rows: bootstrap over rows, paired."""
         best, tokens = self.best(steps=steps), np.array(self.signals["base"]["row_tokens"], float)

@@ -17,6 +17,11 @@ def equal(layers: int) -> Array:
     return 1 - np.arange(layers) / layers
 
 
+def tails(weight_L: Array) -> Array:
+    """Share of the weights of layers k..L-1, for every k, (L,)."""
+    return np.asarray(np.cumsum(weight_L[::-1])[::-1] / weight_L.sum())
+
+
 def descent(deviation_S: Array) -> Array:
     """The share of the fall of the deviation that layers k..L-1 have still to do, (L,).
 
@@ -28,9 +33,11 @@ def descent(deviation_S: Array) -> Array:
 
 
 def shapes(curve: Curve) -> dict[str, Array]:
-    """The shapes that one forward pass gives, and their means in logarithms with equal weights."""
+    """The shapes that one forward pass gives, means of them, and two rivals (`gradient norm` needs a backward pass)."""
     even = equal(curve.layers)
     cosine, lens = descent(curve.state_mean("cosine")), descent(curve.state_mean("logit_lens"))
+    gradient = np.array(curve.signals["layers"]["gradient"])
+    turned = curve.state_mean("turned" if "turned" in curve.signals["rows"] else "block_influence")
     return {
         "equal": even,
         "cosine": cosine,
@@ -41,6 +48,8 @@ def shapes(curve: Curve) -> dict[str, Array]:
         "equal + cosine": (even + cosine) / 2,
         "equal + lens": (even + lens) / 2,
         "equal + cosine + lens": (even + cosine + lens) / 3,
+        "gradient norm": tails(gradient),
+        "block influence": tails(turned),
     }
 
 

@@ -189,6 +189,10 @@ def test_retention_is_taken_at_the_best_rate_of_the_first_seed(tmp_path: Path) -
     assert curve.retention(steps=8) == pytest.approx({0: 1.0, 4: 0.4})
 
 
+def test_seeds_are_compared_at_the_same_rate(tmp_path: Path) -> None:
+    assert made_up_runs(tmp_path).seed_spreads() == pytest.approx([np.std([0.5, 0.6], ddof=1)])
+
+
 def test_rows_that_agree_have_no_noise(tmp_path: Path) -> None:
     assert made_up_runs(tmp_path).row_noise(4) == pytest.approx(0.0, abs=1e-12)
 
