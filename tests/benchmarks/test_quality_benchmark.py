@@ -268,9 +268,8 @@ def made_up_task(task: str, exponent: float) -> curves.Curve:
                          "steps": steps, "loss": loss})  # fmt: skip
     runs += [{**run, "seed": 1} for run in runs if run["steps"] == 40]
     cosine = [6.0, *(float(5 - k) for k in range(6))]
-    return curves.Curve(
-        "m", task, 6, 5.0, runs, {"rows": {"cosine": [cosine], "logit_lens": [cosine], "tokens": [[1]]}}
-    )
+    rows = {"cosine": [cosine], "logit_lens": [cosine], "turned": [[1.0] * 6], "tokens": [[1]]}
+    return curves.Curve("m", task, 6, 5.0, runs, {"rows": rows, "layers": {"gradient": [1.0] * 6}})
 
 
 def test_a_pilot_finds_the_exponent_that_other_tasks_do_not_have() -> None:
