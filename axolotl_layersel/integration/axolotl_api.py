@@ -58,14 +58,14 @@ def accept_dropout_beside_experts() -> None:
 def attentions_without_kernels(layer: nn.Module) -> Iterator[tuple[nn.Module, dict[str, MethodType]]]:
     """The attention modules of a layer whose class axolotl rewrote for LoRA kernels, before they have any.
 
-    Private: `axolotl.monkeypatch.lora_kernels`, where `find_self_attn_in_layer` yields one-tuples; 0.19, 0.20, 0.21.
+    Private: `axolotl.monkeypatch.lora_kernels`; 0.19, 0.20, 0.21.
 
     Yields:
         Each attention, with the methods that let it run without adapters.
     """
     from axolotl.monkeypatch import lora_kernels
 
-    for (attention,) in lora_kernels.find_self_attn_in_layer(layer):
+    for attention in lora_kernels.find_self_attn_in_layer(layer):
         if not hasattr(attention, "apply_qkv"):
             yield (
                 attention,
