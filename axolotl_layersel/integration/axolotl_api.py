@@ -7,13 +7,14 @@ checked before the first of them is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from types import MethodType
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
-from torch import nn
+from torch import Tensor, nn
 
 SUPPORTED = SpecifierSet(">=0.19,<0.22")
 CHECKED_ON = ("0.19.0", "0.20.0", "0.21.0")  # every name below, read in each of them
@@ -76,14 +77,29 @@ def attentions_without_kernels(layer: nn.Module) -> Iterator[tuple[nn.Module, di
             )
 
 
-def forget_tiled_parameters(model: nn.Module) -> None:
-    """Let tiled MLPs look again for what they train; they keep what their first forward found.
+class _Whole:
+    """Stands in for axolotl's tiling of an MLP: one tile, without an autograd function of its own."""
 
-    Private: `_compute_params` of `axolotl.monkeypatch.tiled_mlp.patch`, 0.19, 0.20, 0.21.
+    @staticmethod
+    def apply(forward: Callable[..., Any], mlp: nn.Module, states: Tensor, _tiles: int, _trained: object) -> Any:
+        return forward(mlp, states)
+
+
+@contextmanager
+def tiled_mlps_whole(model: nn.Module) -> Iterator[None]:
+    """Run tiled MLPs whole, and let them look again afterwards for what they train.
+
+    Private: `_tiled_mlp_dist_impl` and `_compute_params` of `axolotl.monkeypatch.tiled_mlp.patch`, 0.19, 0.20, 0.21.
     """
-    for module in model.modules():
-        if vars(module).get("_compute_params"):
-            vars(module)["_compute_params"] = []
+    tiled = [module for module in model.modules() if hasattr(module, "_tiled_mlp_dist_impl")]
+    for module in tiled:
+        vars(module)["_tiled_mlp_dist_impl"] = _Whole
+    try:
+        yield
+    finally:
+        for module in tiled:
+            for name in ("_compute_params", "_tiled_mlp_dist_impl"):
+                vars(module).pop(name, None)
 
 
 def checkpoint_to_resume(cfg: Any) -> str | None:
