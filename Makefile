@@ -1,13 +1,22 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package, installed editable.
 #
-#   make demo PYTHON=python3.12             another interpreter (3.10 to 3.12)
+#   make test PYTHON=python3.12             another interpreter (3.10 to 3.13, or its path), in .venv-3.12
 #   make demo TORCH=torch==2.12.0           another torch
 #   make demo PIP_ARGS="--index-url ..."    where pip looks, for example an index with CPU builds of torch
+#
+# The interpreter decides which axolotl pip finds: 0.19 on Python 3.10 and 3.11, the newest from 3.12 on.
 
-PYTHON   ?= $(shell for p in python3 python3.11 python3.12 python3.10; do \
-              $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
-VENV     ?= .venv
-TORCH    ?= torch==2.13.0
+IN_RANGE  = -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null
+CHOSEN   := $(filter command environment,$(word 1,$(origin PYTHON)))
+PYTHON   ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; do \
+              $$p $(IN_RANGE) && echo $$p && break; done)
+# pyenv's python3.12 fails unless a 3.12 is active, so the newest that it has is asked for.
+WHERE     = -c 'import sys; print(sys.executable)' 2>/dev/null
+FOUND    := $(shell $(PYTHON) $(WHERE) || PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null \
+              | grep '^$(patsubst python%,%,$(notdir $(PYTHON)))[.]' | tail -1) $(PYTHON) $(WHERE))
+MINOR    := $(and $(FOUND),$(shell $(FOUND) -c 'import sys; print("{}.{}".format(*sys.version_info))'))
+VENV     ?= .venv$(if $(CHOSEN),-$(MINOR))
+TORCH    ?= torch==$(if $(filter 3.10 3.11,$(MINOR)),2.13.0,2.14.1)
 PIP_ARGS ?=
 ARGS     ?=
 JOBS     ?= 2
@@ -30,7 +39,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-qlora test lint clean
+.PHONY: help setup where demo demo-qlora test test-fast lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -38,11 +47,15 @@ help: ## show this list
 setup: $(VENV)/.installed ## create .venv and install the package with its test tools
 
 $(VENV)/.installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(or $(FOUND),false) $(IN_RANGE) || { echo "PYTHON is '$(PYTHON)'; allowed is Python 3.10 to 3.13 that runs here:" \
+	    "name one, make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(PY) || $(FOUND) -m venv $(VENV)
 	$(PY) -m pip install --quiet $(PIP_ARGS) $(TORCH)
 	$(PY) -m pip install --quiet --no-compile $(PIP_ARGS) -e '.[test]'
 	@touch $@
+
+where: # the interpreter that PYTHON stands for, if it runs here
+	@echo $(FOUND)
 
 demo: setup ## fine-tune a small model with LoRA on the layers that layersel chooses, end to end
 	$(PY) $(DEMO) prepare
@@ -61,11 +74,15 @@ test: export OMP_NUM_THREADS ?= 1
 test: setup ## run the whole test suite on two workers; ARGS="-k name" picks tests
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
+test-fast: export OMP_NUM_THREADS ?= 1
+test-fast: setup ## run the tests that take seconds, for a change in one file; under two minutes
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-clean: ## remove what the demo and the tools wrote; .venv stays
+clean: ## remove what the demo and the tools wrote; virtual environments stay
 	rm -rf $(WORK) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

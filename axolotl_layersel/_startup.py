@@ -1,10 +1,13 @@
-"""Teach axolotl the short name: `plugins: [layersel]` for `axolotl_layersel.LayerSelPlugin`.
+"""Teach axolotl the short name, `plugins: [layersel]`; stop a run that mentions this plugin and would go on without.
 
-axolotl loads a plugin by splitting its name at the last dot, so a name without a dot fails, and it has no registry
-that a package could enter. `axolotl_layersel.pth` therefore imports this module at the start of every interpreter of
-the environment. It only places a finder on `sys.meta_path`; when somebody imports `axolotl.integrations.base`, that
-module's `load_plugin` is wrapped once. Every other program pays for a class and an attribute lookup, so this
-module and the package's `__init__` import nothing but `sys` (`benchmarks/startup.py` measures it).
+axolotl loads a plugin by splitting its name at the last dot, so a name without a dot fails. `axolotl_layersel.pth`
+therefore imports this module at the start of every interpreter of the environment. It only places a finder on
+`sys.meta_path`; when somebody imports one of the modules of `STEPS`, one function in it is wrapped, once. Every other
+program pays for a class and an attribute lookup, so this module and the package's `__init__` import nothing but `sys`
+(`benchmarks/startup.py` measures it).
+
+axolotl 0.21 has an entry point for plugins, `axolotl.plugins`. It is left alone: a plugin that enters there is loaded
+in every run, merge and inference of the environment, named or not. `integration/README.md` says what acts where.
 """
 
 import sys
@@ -18,12 +21,16 @@ if TYPE_CHECKING:
 
 SHORT_NAME = "layersel"
 DOTTED_NAME = "axolotl_layersel.LayerSelPlugin"
-AXOLOTL_MODULE = "axolotl.integrations.base"
+STEPS = {  # a module of axolotl -> the function of this one that is called with it, once it is executed
+    "axolotl.integrations.base": "add_alias",
+    "axolotl.cli.config": "refuse_unlisted_blocks",
+    "axolotl.utils.config": "refuse_unlisted_blocks",
+}
 _MARK = "_axolotl_layersel_alias"
 
 
 class AliasLoader:
-    """The loader that axolotl's module would have had, and one step after it; everything else is handed through."""
+    """The loader that a module of axolotl would have had, and one step after it; the rest is handed through."""
 
     def __init__(self, loader: "Any") -> None:
         self.loader = loader
@@ -32,22 +39,22 @@ class AliasLoader:
         return getattr(self.loader, name)
 
     def exec_module(self, module: "ModuleType") -> None:
-        """Execute the module with its own loader, leave that loader in its attributes, then add the short name."""
+        """Execute the module with its own loader, leave that loader in its attributes, then wrap its function."""
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        add_alias(module)
+        globals()[STEPS[module.__name__]](module)
 
 
 class AliasFinder:
-    """Finds one module, the one whose `load_plugin` is to be wrapped, by asking the finders after it."""
+    """Finds the modules whose functions are to be wrapped, by asking the finders after it."""
 
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """The spec of `axolotl.integrations.base` with a loader that adds the alias; None for every other module."""
-        if name != AXOLOTL_MODULE:
+        """The spec of a module of `STEPS` with a loader that takes the step; None for every other module."""
+        if name not in STEPS:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -61,13 +68,12 @@ class AliasFinder:
 
 
 def add_alias(module: "ModuleType") -> None:
-    """Wrap `module.load_plugin` so that it knows the short name; a second call changes nothing.
+    """Wrap `module.load_plugin` so that it knows every spelling; a second call changes nothing.
 
-    axolotl logs an ImportError of a plugin and trains without it. For this plugin, under either name, that would be
-    a run in which every layer is trained although nobody chose that; the wrapper turns it into an error that stops.
+    axolotl 0.19 and 0.20 log an ImportError of a plugin and train without it. For this plugin, however its name is
+    written, that would be a run in which every layer is trained although nobody chose that; the wrapper turns it into
+    an error that stops.
     """
-    import functools
-
     load: Any = getattr(module, "load_plugin", None)
     if load is None:
         import warnings
@@ -78,15 +84,13 @@ def add_alias(module: "ModuleType") -> None:
             stacklevel=2,
         )
         return
-    if getattr(load, _MARK, False):
-        return
 
-    @functools.wraps(load)
     def load_plugin(plugin_name: str) -> "Any":
-        if plugin_name not in (SHORT_NAME, DOTTED_NAME):
+        if SHORT_NAME not in str(plugin_name).lower():
             return load(plugin_name)
+        name = plugin_name.replace(":", ".")  # the spelling of entry points, which 0.21 takes too
         try:
-            return load(DOTTED_NAME)
+            return load(DOTTED_NAME if name == SHORT_NAME else name)
         except ImportError as error:
             raise RuntimeError(
                 f"the plugin {plugin_name!r} in `plugins:` cannot be imported: {error}. The run stops here, because "
@@ -94,16 +98,49 @@ def add_alias(module: "ModuleType") -> None:
                 f"LayerSelPlugin'` shows the whole error; the full name of the plugin is {DOTTED_NAME!r}"
             ) from error
 
-    setattr(load_plugin, _MARK, True)
-    module.load_plugin = load_plugin  # type: ignore[attr-defined]
+    _replace(module, "load_plugin", load_plugin)
+
+
+def refuse_unlisted_blocks(module: "ModuleType") -> None:
+    """Wrap `module.prepare_plugins` so that a `layersel:` block is refused where `plugins:` lists no plugin for it.
+
+    axolotl drops keys that no plugin claims, so such a run would train every layer.
+    """
+    prepare: Any = getattr(module, "prepare_plugins", None)
+    if prepare is None:
+        return
+
+    def prepare_plugins(cfg: "Any") -> "Any":
+        if SHORT_NAME in cfg:
+            from axolotl_layersel.config.conflicts import names_plugin
+
+            if not names_plugin(cfg):
+                raise ValueError(
+                    f"the config has a `{SHORT_NAME}:` block, but `plugins:` is {cfg.get('plugins')!r}, so axolotl "
+                    f"would drop the block and train every layer: add `plugins: [{SHORT_NAME}]`, or remove the block"
+                )
+        return prepare(cfg)
+
+    _replace(module, "prepare_plugins", prepare_plugins)
+
+
+def _replace(module: "ModuleType", name: str, wrapper: "Any") -> None:
+    import functools
+
+    original = getattr(module, name)
+    if not getattr(original, _MARK, False):
+        functools.update_wrapper(wrapper, original)
+        setattr(wrapper, _MARK, True)
+        setattr(module, name, wrapper)
 
 
 def install() -> None:
-    """Place the finder first on `sys.meta_path`, once, and serve an axolotl that is already imported."""
+    """Place the finder first on `sys.meta_path`, once, and serve the parts of axolotl that are already imported."""
     if not any(type(finder).__name__ == "AliasFinder" for finder in sys.meta_path):
         sys.meta_path.insert(0, AliasFinder())
-    if AXOLOTL_MODULE in sys.modules:
-        add_alias(sys.modules[AXOLOTL_MODULE])
+    for name, step in STEPS.items():
+        if name in sys.modules:
+            globals()[step](sys.modules[name])
 
 
 install()

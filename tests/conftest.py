@@ -12,6 +12,8 @@ for _name in ("AXOLOTL_DO_NOT_TRACK", "DO_NOT_TRACK", "HF_HUB_OFFLINE", "HF_DATA
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import without_fla  # noqa: E402, F401
+
 UNINTERRUPTED = {
     "plugins": ["axolotl_test_plugins.FixedSeed", "layersel"],
     "layersel": {"num_samples": 13},

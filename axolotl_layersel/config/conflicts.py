@@ -7,19 +7,26 @@ says what was got and what to change. A conflict stops the run; a note is logged
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-PLUGIN_NAMES = ("layersel", "axolotl_layersel.LayerSelPlugin", "axolotl_layersel.plugin.LayerSelPlugin")
+SHORT_NAME = "layersel"
 ADAPTERS = ("lora", "qlora")
 _EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "tok_embeddings")
 _GIVE_CUT = "give the cut with `layersel: {first_layer: ...}` or `layersel: {plan: ...}`"
 
 
 def names_plugin(cfg: Mapping[str, Any]) -> bool:
-    """Whether the config lists this plugin, under either spelling."""
-    return any(name in PLUGIN_NAMES for name in _as_list(cfg.get("plugins")))
+    """Whether the config lists this plugin, under any spelling."""
+    return any(is_plugin(name) for name in _as_list(cfg.get("plugins")))
+
+
+def is_plugin(name: Any) -> bool:
+    """Whether this is a name of the plugin: the short one, or a path in the package, its last part after "." or ":"."""
+    parts = str(name).replace(":", ".").split(".")
+    return parts == [SHORT_NAME] or (parts[0] == "axolotl_layersel" and parts[-1] == "LayerSelPlugin")
 
 
 def cut_is_given(cfg: Mapping[str, Any]) -> bool:
@@ -64,8 +71,11 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield "`lisa_n_layers` re-draws the trained layers in every interval: remove the lisa keys or the plugin."
     if cfg.get("relora") or cfg.get("relora_steps") or cfg.get("jagged_restart_steps"):
         yield "ReLoRA merges and re-initialises adapters as it goes: remove `relora` or the plugin."
-    if any(str(p).startswith("axolotl.integrations.spectrum") for p in _as_list(cfg.get("plugins"))):
+    plugins = [str(name) for name in _as_list(cfg.get("plugins"))]
+    if any(name.startswith("axolotl.integrations.spectrum") for name in plugins):
         yield "the Spectrum plugin chooses layers as well: keep one of the two plugins."
+    if cfg.get("diffusion_lm") or any(name.startswith("axolotl.integrations.diffusion") for name in plugins):
+        yield "diffusion training predicts masked tokens, not next ones, which is what is scored: remove the plugin."
     if cfg.get("optimizer") == "polora" and not adapter:
         yield "`optimizer: polora` refuses `unfrozen_parameters`, which full fine-tuning of a suffix needs: change it."
     if cfg.get("peft_layer_replication"):
@@ -114,23 +124,30 @@ def sharded(cfg: Mapping[str, Any]) -> str | None:
     """Why the model of this config is not whole on a process when it is loaded, or None."""
     if cfg.get("fsdp") or cfg.get("fsdp_config"):
         return "FSDP shards the model"
-    if _zero_stage(cfg.get("deepspeed")) == 3:
+    if zero_stage(cfg) == 3:
         return "DeepSpeed ZeRO-3 partitions the model"
-    for key in ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size"):
+    for key in ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size"):
         value = cfg.get(key)
         if isinstance(value, int) and value > 1:
             return f"`{key}: {value}` splits the model or its input"
+    block = cfg.get("context_parallel")  # axolotl 0.20 and later; the older key stays
+    if isinstance(block, Mapping) and isinstance(block.get("size"), int) and block["size"] > 1:
+        return f"`context_parallel: {{size: {block['size']}}}` splits the input"
     return None
 
 
-def _zero_stage(deepspeed: Any) -> int | None:
-    """The ZeRO stage of axolotl's `deepspeed:`, a mapping or the path of a JSON file."""
+def zero_stage(cfg: Mapping[str, Any]) -> int | None:
+    """The ZeRO stage of axolotl's `deepspeed:`, a mapping or the path of a JSON file, or of `accelerate launch`."""
+    deepspeed = cfg.get("deepspeed")
     if isinstance(deepspeed, str) and Path(deepspeed).is_file():
         deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
     if isinstance(deepspeed, Mapping):
         stage = (deepspeed.get("zero_optimization") or {}).get("stage")
         return stage if isinstance(stage, int) else None
-    return 3 if "zero3" in str(deepspeed).lower() else None
+    if "zero3" in str(deepspeed).lower():
+        return 3
+    launched = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    return int(launched) if launched.isdecimal() else None
 
 
 def _notes(cfg: Mapping[str, Any]) -> Iterator[str]:
@@ -160,6 +177,8 @@ def _notes(cfg: Mapping[str, Any]) -> Iterator[str]:
             )
     kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
     if cfg.get("gradient_checkpointing") and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"):
+        if zero_stage(cfg) == 3:  # nothing to choose: a non-reentrant recomputation fails there
+            return
         if cfg.get("torch_compile"):
             yield "`use_reentrant: true` is changed to false: a compiled layer may lose the boundary at the cut."
         else:

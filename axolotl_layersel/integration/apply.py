@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from axolotl.loaders.adapter import _build_peft_lora_config, _patch_peft_param_wrapper_dropout
 from axolotl.utils.logging import get_logger
 from peft import LoraConfig
 from torch import nn
 
 from axolotl_layersel.cost.cut_cost import Mode
 from axolotl_layersel.cost.prediction import predict
+from axolotl_layersel.integration import axolotl_api
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.integration.runnable_model import evaluating
 from axolotl_layersel.model.adapted_modules import adapted_modules
@@ -52,12 +52,12 @@ def config_updates(settings: RunSettings, model: nn.Module, plan: Plan) -> dict[
         model,
         stack,
         first_trainable=k,
-        stock=_build_peft_lora_config(model, settings.cfg),
+        stock=axolotl_api.stock_lora_config(model, settings.cfg),
         named=settings.lora_targets,
         target_linear=settings.lora_target_linear,
     )
     if settings.dropout_on_experts and "lora_target_parameters" in updates:
-        _patch_peft_param_wrapper_dropout()  # as axolotl does where PEFT adds these parameters by itself
+        axolotl_api.accept_dropout_beside_experts()  # as axolotl does where PEFT adds these parameters by itself
     if scalar:  # adapters are trained and everything else is frozen without this key, too
         del updates["unfrozen_parameters"]
     return updates
@@ -97,7 +97,7 @@ def mode_of(settings: RunSettings, model: nn.Module, stack: DecoderStack) -> Mod
     if settings.continued_adapter:  # what is continued has a config of its own, which governs
         stock = LoraConfig.from_pretrained(settings.continued_adapter)
     elif settings.adapter:
-        stock = _build_peft_lora_config(model, settings.cfg)
+        stock = axolotl_api.stock_lora_config(model, settings.cfg)
     return Mode(
         adapters=None if stock is None else adapted_modules(model, stock),
         checkpointing=settings.checkpointing,

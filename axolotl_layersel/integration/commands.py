@@ -34,10 +34,11 @@ from axolotl_layersel.prefix_cache.state_store import PrefixCacheError
 from axolotl_layersel.report.recipe import read_config
 
 DOTTED_NAME = "axolotl_layersel.LayerSelPlugin"
-_SPLITTING = (
-    *("fsdp", "fsdp_config", "fsdp_version", "deepspeed"),
-    *("tensor_parallel_size", "context_parallel_size", "expert_parallel_size"),
-)
+_SPLITTING: dict[str, Any] = {  # and what each is for one process
+    **dict.fromkeys(("fsdp", "fsdp_config", "fsdp_version", "deepspeed", "dp_shard_size", "dp_replicate_size")),
+    **dict.fromkeys(("tensor_parallel_size", "context_parallel", "context_parallel_size", "sequence_parallel_degree")),
+    "expert_parallel_size": 1,  # in axolotl 0.21 a number, always
+}
 _RESUMING = {"resume_from_checkpoint": None, "auto_resume_from_checkpoints": None}
 
 
@@ -159,15 +160,15 @@ def find_caches(config: Path, overrides: Mapping[str, Any], *, remove: bool = Fa
 def _load(config: Path, overrides: Mapping[str, Any], *, keep_cut: bool = False) -> Any:
     """The validated config, with the plugin, for one process, and without a cut unless it is to be kept."""
     written = read_config(config)
-    changes: dict[str, Any] = {key: None for key in (*_SPLITTING, *_RESUMING) if written.get(key) is not None}
+    single = {**_SPLITTING, **_RESUMING}
+    changes: dict[str, Any] = {key: single[key] for key in single if written.get(key) is not None}
     if not names_plugin(written):
         changes["plugins"] = [*(written.get("plugins") or []), DOTTED_NAME]
     block = {} if keep_cut else written.get("layersel") or {}
     changes |= {f"layersel__{key}": None for key in ("first_layer", "plan") if block.get(key) is not None}
     cfg = load_cfg(str(config), **{**changes, **overrides})
-    for plugin in PluginManager.get_instance().plugins.values():
-        if isinstance(plugin, LayerSelPlugin):  # the recipe keeps what was only left out for scoring
-            plugin.config_as_written |= {key: written[key] for key in changes if key in _SPLITTING}
+    # The recipe keeps what was only left out for scoring.
+    LayerSelPlugin.written[cfg.axolotl_config_path] |= {key: written[key] for key in changes if key in _SPLITTING}
     return cfg
 
 

@@ -18,6 +18,7 @@ from axolotl.utils.logging import get_logger
 from torch import nn
 
 from axolotl_layersel import __version__
+from axolotl_layersel.integration import axolotl_api
 from axolotl_layersel.integration.output_folder import claim_folder
 from axolotl_layersel.integration.preference_rows import PreferenceRows
 from axolotl_layersel.integration.processes import Processes
@@ -104,9 +105,7 @@ def _resumed_plan(settings: RunSettings) -> Plan | None:
     """The plan beside the checkpoint that training will resume from, or None if it starts afresh."""
     checkpoint = settings.resume_from_checkpoint
     if checkpoint is None and settings.auto_resume:
-        from axolotl.utils.train import determine_last_checkpoint
-
-        checkpoint = determine_last_checkpoint(settings.cfg, update=False)
+        checkpoint = axolotl_api.checkpoint_to_resume(settings.cfg)
     if not checkpoint:
         return None
     try:

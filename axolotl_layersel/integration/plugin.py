@@ -1,6 +1,6 @@
 """axolotl's hooks, thin: when things happen. What happens is in `decide.py`, why in `score_layers.py`.
 
-    register             before validation: remember the config as the user wrote it; non-reentrant checkpointing
+    register             before validation: remember the config as the user wrote it; how checkpointing recomputes
     load_datasets        called by `train` alone: take the training set that axolotl prepares, so the run is known
     pre_lora_load        the model is whole and has no adapters yet: decide, write the plan, apply it
     post_model_load      adapters are in place, or TRL will add them: say so, and what still reaches below the cut
@@ -13,13 +13,14 @@ Inference, merging, evaluation and preprocessing load models and datasets too, b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 from torch import nn
 
-from axolotl_layersel.config.conflicts import names_plugin
+from axolotl_layersel.config.conflicts import names_plugin, zero_stage
 from axolotl_layersel.integration import apply
 from axolotl_layersel.integration import decide as run
 from axolotl_layersel.integration.output_folder import release_folders
@@ -51,35 +52,44 @@ class _Run:
 
 
 class LayerSelPlugin(BasePlugin):
-    """Select the decoder layers to fine-tune by semantic transition; see the package's README."""
+    """Select the decoder layers to fine-tune by semantic transition; see the package's README.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.config_as_written: dict[str, Any] = {}
-        self._run: _Run | None = None
+    axolotl makes an instance for each spelling in `plugins:` and keeps those of earlier configs, so what is known of
+    configs and of the run belongs to the process, not to an instance.
+    """
+
+    written: ClassVar[dict[str | None, dict[str, Any]]] = {}  # by the file of the config, as the user wrote it
+    _registered: ClassVar[Any] = None
+    _run: ClassVar[_Run | None] = None
 
     def register(self, cfg: Any) -> None:
-        """Remember the raw config; make checkpointing non-reentrant where the user did not choose."""
-        self.config_as_written = config_as_written(cfg)
-        if names_plugin(cfg) and cfg.get("gradient_checkpointing") and not cfg.get("gradient_checkpointing_kwargs"):
-            cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+        """Remember the raw config; say how checkpointing recomputes where the user did not."""
+        path = cfg.get("axolotl_config_path")
+        if not names_plugin(cfg) or (cfg is LayerSelPlugin._registered and path in self.written):
+            return  # the other instance was first, and has changed the config
+        LayerSelPlugin._registered = cfg
+        self.written[path] = config_as_written(cfg)
+        kwargs = cfg.get("gradient_checkpointing_kwargs") or {}
+        if cfg.get("gradient_checkpointing") and isinstance(kwargs, Mapping) and "use_reentrant" not in kwargs:
+            # ZeRO-3 partitions what a non-reentrant recomputation would look at.
+            cfg["gradient_checkpointing_kwargs"] = {**kwargs, "use_reentrant": zero_stage(cfg) == 3}
 
     def get_input_args(self) -> str | None:
-        """The options' model, named once: the plugin may be listed under both of its names."""
+        """The options' model, named once: the plugin may be listed under several of its names."""
         return "axolotl_layersel.config.options.LayerSelArgs" if self._acts() else None
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Let axolotl load the training set, keep a reference for scoring, and hand it on."""
         if preprocess or not names_plugin(cfg) or not self._acts():
             return None
-        self._run = current = _Run(settings_of(cfg))
+        LayerSelPlugin._run = current = _Run(settings_of(cfg))
         others = [p for p in PluginManager.get_instance().plugins.values() if not isinstance(p, LayerSelPlugin)]
         if current.settings.cut_is_given and any(type(p).load_datasets is not BasePlugin.load_datasets for p in others):
             return None  # theirs is the training set; nothing is scored on it. Two of them are refused by axolotl
         from axolotl.common.datasets import load_datasets, load_preference_datasets
 
         meta = (load_preference_datasets if current.settings.rl else load_datasets)(cfg=cfg)
-        self._run.dataset = meta.train_dataset
+        current.dataset = meta.train_dataset
         return meta
 
     def pre_lora_load(self, cfg: Any, model: nn.Module) -> None:
@@ -94,7 +104,8 @@ class LayerSelPlugin(BasePlugin):
             plan = run.decide(settings, model, current.dataset, processes=processes)
             updates = apply.config_updates(settings, model, plan)
             plan = apply.complete(settings, model, plan, updates)
-            processes.main_only(lambda: apply.publish(settings, plan, config_as_written=self.config_as_written))
+            written = self.written.get(cfg.axolotl_config_path, {})
+            processes.main_only(lambda: apply.publish(settings, plan, config_as_written=written))
         current.plan = plan
         for key, value in updates.items():
             cfg[key] = value
@@ -162,7 +173,7 @@ class LayerSelPlugin(BasePlugin):
 
     def post_train_unload(self, cfg: Any) -> None:
         """Forget the run, and let others train into its folder."""
-        self._run = None
+        LayerSelPlugin._run = None
         release_folders()
 
     def _current(self, cfg: Any) -> _Run | None:
@@ -170,6 +181,6 @@ class LayerSelPlugin(BasePlugin):
         return self._run if self._run is not None and self._run.settings.cfg is cfg else None
 
     def _acts(self) -> bool:
-        """Whether this is the first of possibly two instances that axolotl made, one for each spelling."""
+        """Whether this is the first of the instances that axolotl made, one for each spelling."""
         instances = [p for p in PluginManager.get_instance().plugins.values() if isinstance(p, LayerSelPlugin)]
         return bool(instances) and instances[0] is self

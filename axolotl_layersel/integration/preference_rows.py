@@ -32,6 +32,12 @@ class PreferenceRows:
     def __init__(self, dataset: Any, *, rl: str, tokenizer: Any, max_length: int) -> None:
         if rl not in SCORED_RL:
             raise ValueError(f"rl is {rl!r}; allowed are {', '.join(SCORED_RL)}: other kinds have no chosen completion")
+        if images := sorted({"image", "images"} & set(getattr(dataset, "column_names", None) or ())):
+            raise ValueError(
+                f"the preference data has the column {images[0]!r}: images are put among the tokens while training, so "
+                "the rows cannot be scored before. Give the cut with `layersel: {first_layer: ...}` or `layersel: "
+                "{plan: ...}`, or take the column out of data without images"
+            )
         self._dataset = dataset
         self._tokenise: Callable[[Mapping[str, Any]], dict[str, list[int]]]
         if rl in ("orpo", "simpo"):

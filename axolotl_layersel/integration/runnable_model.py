@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from axolotl_layersel.integration import axolotl_api
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.latent_states import left_as_found
 
@@ -36,14 +35,6 @@ def place(model: nn.Module) -> None:
         model.to(f"cuda:{torch.cuda.current_device()}")
 
 
-class _Whole:
-    """Stands in for axolotl's tiling of an MLP: one tile, without an autograd function of its own."""
-
-    @staticmethod
-    def apply(forward: Callable[..., Any], mlp: nn.Module, states: Tensor, _tiles: int, _trained: object) -> Any:
-        return forward(mlp, states)
-
-
 @contextmanager
 def ready_to_run(model: nn.Module, stack: DecoderStack) -> Iterator[None]:
     """Let the bare model run although axolotl has prepared it for adapters; undone on leaving.
@@ -52,26 +43,16 @@ def ready_to_run(model: nn.Module, stack: DecoderStack) -> Iterator[None]:
     after adapters are loaded. A tiled MLP caches its trainable parameters in its first forward pass, before there are
     any, and accumulates gradients in its parameters: it runs whole here.
     """
-    from axolotl.monkeypatch import lora_kernels
-
-    lent: list[nn.Module] = []
-    for layer in stack.layers:
-        for (attention,) in ((a,) for a in lora_kernels.find_self_attn_in_layer(layer)):
-            if not hasattr(attention, "apply_qkv"):
-                attention.apply_qkv = MethodType(lora_kernels.original_apply_qkv, attention)
-                attention.apply_o = MethodType(lora_kernels.original_apply_o, attention)
-                lent.append(attention)
-    tiled = [module for module in model.modules() if hasattr(module, "_tiled_mlp_dist_impl")]
-    for module in tiled:
-        vars(module)["_tiled_mlp_dist_impl"] = _Whole
+    lent = [pair for layer in stack.layers for pair in axolotl_api.attentions_without_kernels(layer)]
+    for attention, methods in lent:
+        vars(attention).update(methods)
     try:
-        yield
+        with axolotl_api.tiled_mlps_whole(model):
+            yield
     finally:
-        for attention in lent:
-            del attention.apply_qkv, attention.apply_o
-        for module in tiled:
-            for name in ("_compute_params", "_tiled_mlp_dist_impl"):
-                vars(module).pop(name, None)
+        for attention, methods in lent:
+            for name in methods:
+                delattr(attention, name)
 
 
 @contextmanager

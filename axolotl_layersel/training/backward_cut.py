@@ -154,7 +154,9 @@ def stop_backward(
     for layer in layers[first_trainable:]:
         for module in (m for m in layer.modules() if hasattr(m, _TILED)):
             module.register_forward_pre_hook(tiled_input)
-    _checkpoint_again(owners[0], everywhere=False)
+    _use_reentrant(model, reentrant)
+    for layer in frozen:
+        _checkpoint_off(layer.modules())
 
 
 def restore_backward(model: nn.Module) -> None:
@@ -170,7 +172,10 @@ def restore_backward(model: nn.Module) -> None:
             if present.enable is not None:
                 vars(owner)["gradient_checkpointing_enable"] = present.enable
     _strip_additions(model)
-    _checkpoint_again(owners[0], everywhere=True)
+    flagged = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    if any(module.gradient_checkpointing for module in flagged):
+        for module in flagged:
+            vars(module)["gradient_checkpointing"] = True
     _strip_input_grads(model)  # one hook, not one more
     enable_input_require_grads: Any = owners[0].enable_input_require_grads
     enable_input_require_grads()
@@ -201,17 +206,16 @@ def _enable_checkpointing(owner: Any, enable: Callable[..., None] | None, *args:
         enable(*args, **kwargs)
 
 
-def _checkpoint_again(owner: Any, *, everywhere: bool) -> None:
-    """Where checkpointing is on, enable it once more with its own arguments, on the layers that have it or on all."""
-    flagged = [module for module in owner.modules() if hasattr(module, "gradient_checkpointing")]
-    without = [module for module in flagged if not module.gradient_checkpointing]
-    if len(without) == len(flagged):
-        return
-    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in flagged]
-    arguments = next((f.keywords for f in functions if isinstance(f, functools.partial)), {})
-    owner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(arguments))
-    if not everywhere:  # transformers' every_n_layers, and layers already frozen
-        _checkpoint_off(without)
+def _use_reentrant(model: nn.Module, reentrant: bool) -> None:
+    """Where checkpointing is on, keep what it was enabled with, all but `use_reentrant`.
+
+    Enabling it once more would lose what is not among its keywords, such as `offload`.
+    """
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, functools.partial):
+            keywords = {**function.keywords, "use_reentrant": reentrant}
+            vars(module)["_gradient_checkpointing_func"] = functools.partial(function.func, *function.args, **keywords)
 
 
 def _checkpoint_off(modules: Iterable[nn.Module]) -> None:

@@ -19,6 +19,9 @@ BASE = {"plugins": ["layersel"], "adapter": "lora", "lora_target_linear": True}
         ({"lisa_n_layers": 2}, "lisa"),
         ({"relora": True}, "ReLoRA"),
         ({"plugins": ["layersel", "axolotl.integrations.spectrum.SpectrumPlugin"]}, "Spectrum"),
+        ({"plugins": ["layersel", "axolotl.integrations.diffusion.DiffusionPlugin"]}, "diffusion.*remove the plugin"),
+        ({"diffusion_lm": {"mask_token_id": 3}, "layersel": {"first_layer": 2}}, "diffusion.*remove the plugin"),
+        ({"adapter": "mixlora"}, "`adapter` is 'mixlora'; allowed are lora, qlora"),
         ({"adapter": None, "optimizer": "polora"}, "polora"),
         ({"peft_layer_replication": [[0, 4]]}, "peft_layer_replication"),
         ({"reward_model": True}, "reward models"),
@@ -37,6 +40,9 @@ BASE = {"plugins": ["layersel"], "adapter": "lora", "lora_target_linear": True}
         ({"fsdp_config": {"x": 1}}, "FSDP shards the model.*plan"),
         ({"deepspeed": "deepspeed_configs/zero3_bf16.json"}, "ZeRO-3.*plan"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2"),
+        ({"context_parallel": {"size": 4}}, "`context_parallel: {size: 4}` splits the input, so.*plan"),
+        ({"sequence_parallel_degree": 2}, "sequence_parallel_degree: 2"),
+        ({"expert_parallel_size": 2}, "expert_parallel_size: 2"),
     ],
 )
 def test_a_conflict_says_what_to_change(changes: dict, message: str) -> None:
@@ -93,6 +99,23 @@ def test_text_that_is_tokenised_beforehand_is_scored_with_a_processor_too(change
     assert find_conflicts({**BASE, "processor_type": "AutoProcessor", **changes}) == []
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"expert_parallel_size": 1}, {"context_parallel": {"size": 1}}, {"deepspeed": "zero2.json"}]
+)
+def test_what_splits_nothing_is_scored(sizes: dict) -> None:
+    assert find_conflicts({**BASE, **sizes}) == []
+
+
+def test_under_zero_3_reentrant_checkpointing_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named in the config, or by `accelerate launch`, whose plugin tells through the environment."""
+    reentrant = {**BASE, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    assert find_notes(reentrant) != []
+    assert find_notes({**reentrant, "deepspeed": "zero3.json"}) == []
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert find_notes(reentrant) == []
+    assert "ZeRO-3 partitions the model" in find_conflicts(reentrant)[0]
+
+
 def test_new_tokens_without_an_adapter_are_noted() -> None:
     (note,) = find_notes({**BASE, "adapter": None, "tokens": ["<new>"]})
     assert note.startswith("`tokens` adds tokens, and full fine-tuning of a suffix freezes the input embeddings")
@@ -113,6 +136,15 @@ def test_a_config_without_the_plugin_is_nobody_s_business() -> None:
     assert find_conflicts({"plugins": ["other.Plugin"], "relora": True}) == []
 
 
-@pytest.mark.parametrize("name", ["layersel", "axolotl_layersel.LayerSelPlugin"])
-def test_both_spellings_are_this_plugin(name: str) -> None:
-    assert names_plugin({"plugins": [name]})
+@pytest.mark.parametrize(
+    "name", ["layersel", "axolotl_layersel.LayerSelPlugin", "axolotl_layersel.plugin:LayerSelPlugin"]
+)
+def test_every_spelling_is_this_plugin(name: str) -> None:
+    assert names_plugin({"plugins": ["another.Plugin", name]})
+
+
+@pytest.mark.parametrize(
+    "name", ["layersel.LayerSelPlugin", "my_layersel.LayerSelPlugin", "axolotl_layersel.Other", None]
+)
+def test_other_names_are_not(name: str | None) -> None:
+    assert not names_plugin({"plugins": [name]})

@@ -26,15 +26,18 @@ class FixedSeed(BasePlugin):
 
 
 class CpuProcesses(BasePlugin):
-    """Several processes on the CPU, joined by gloo, which axolotl 0.19 alone cannot do.
+    """Several processes on the CPU, joined by gloo, which axolotl alone cannot do.
 
-    It hands every process a device map that names accelerator number LOCAL_RANK, and joins the processes without
-    telling accelerate that they are on the CPU. This puts both right; nothing else.
+    It hands every process a device map that names accelerator number LOCAL_RANK, joins the processes without telling
+    accelerate that they are on the CPU, and asks CUDA whether two of its devices reach each other, which a CUDA build
+    of torch refuses to answer where there is no driver. This puts the three right; nothing else.
     """
 
     def register(self, cfg: Any) -> None:
         """The first hook: whoever joins the processes first decides for all."""
         PartialState(cpu=True)
+        if not torch.cuda.is_available():
+            torch.cuda.can_device_access_peer = lambda device, peer_device: False
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """The first hook after the config is settled, and before the model is loaded."""

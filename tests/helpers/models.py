@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+import without_fla  # noqa: F401
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 128

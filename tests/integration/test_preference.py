@@ -128,6 +128,14 @@ def test_undesirable_completions_are_not_drawn() -> None:
         draw_rows(PreferenceRows(worse, rl="kto", tokenizer=tokenizer(), max_length=200), **options)
 
 
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_images_are_refused_because_their_tokens_are_made_while_training(column: str) -> None:
+    """TRL takes data with one of these columns for images, and axolotl 0.21 trains on them."""
+    rows = Dataset.from_list([{**row, column: "a picture"} for row in paired()])
+    with pytest.raises(ValueError, match=f"the column '{column}'.*cannot be scored.*first_layer.*plan"):
+        PreferenceRows(rows, rl="dpo", tokenizer=tokenizer(), max_length=64)
+
+
 def test_other_kinds_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="rl is 'grpo'; allowed are dpo, ipo, orpo, simpo, kto"):
         PreferenceRows([], rl="grpo", tokenizer=tokenizer(), max_length=200)

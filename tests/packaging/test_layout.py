@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a subpackage, or a module at the top -> w
     },
     "cli": {"plan", "report", "compare", "integration"},
     "plugin": {"integration"},
-    "_startup": set(),
+    "_startup": {"config"},  # in a run whose config has a `layersel:` block
     "__init__": {"integration"},  # resolved on first use, and for type checkers
     "__main__": {"cli"},
 }  # fmt: skip

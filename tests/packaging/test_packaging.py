@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import email
+import json
 import os
 import re
 import subprocess
@@ -17,9 +18,12 @@ import zipfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+
+from axolotl_layersel.integration import axolotl_api
 
 ROOT = Path(__file__).resolve().parents[2]
 ALIAS = "axolotl_layersel.pth"
@@ -112,7 +116,7 @@ def test_wheel_holds_the_package_the_alias_the_licence_and_nothing_else(wheel: P
     assert names - packaged == {ALIAS} | about_it
     assert alias == (ROOT / "axolotl_layersel" / ALIAS).read_text()
     assert "License-Expression: Apache-2.0" in about
-    assert "Requires-Python: <3.13,>=3.10" in about
+    assert "Requires-Python: <3.14,>=3.10" in about
     assert "[axolotl.cli_commands]\nlayersel = axolotl_layersel.cli:main" in entry_points
 
 
@@ -163,71 +167,124 @@ def test_the_alias_is_active_in_isolated_mode_and_in_spawned_processes(installed
     assert installed.run("-I", str(program)).stdout.split() == ["1", "1", "1"]
 
 
-# ---- the short name ------------------------------------------------------------------------------------------------
+# ---- the names -----------------------------------------------------------------------------------------------------
 
-LOAD = """
-import importlib, inspect, sys
-import axolotl_layersel._startup as startup
+SPELLINGS = (
+    "layersel",
+    "axolotl_layersel.LayerSelPlugin",
+    "axolotl_layersel.plugin.LayerSelPlugin",
+    "axolotl_layersel:LayerSelPlugin",
+    "axolotl_layersel.plugin:LayerSelPlugin",
+    "axolotl_layersel.integration.plugin.LayerSelPlugin",
+)
+NEARLY = ("layersel.LayerSelPlugin", "axolotl-layersel.LayerSelPlugin", "Layersel", "axolotl_layersel.LayerSel")
+
+ASK = """
+import importlib, inspect, json, sys
 import axolotl.integrations.base as base
+import axolotl.cli.config as cli
+import axolotl.utils.config as utils
+from axolotl.utils.dict import DictDefault
 
-def error_of(call, *args):
+def answer(ask, *about):
     try:
-        call(*args)
-    except Exception as error:
+        return ask(*about)
+    except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
-    return "none"
 
-manager = base.PluginManager.get_instance()
-for name in ("layersel", "axolotl_layersel.LayerSelPlugin"):
-    sys.modules["axolotl_layersel.integration.plugin"] = None  # an import that fails
-    print("broken", error_of(manager.register, name))
-    del sys.modules["axolotl_layersel.integration.plugin"]
-    manager.register(name)
-    loaded = type(manager.plugins[name])
-    print("loaded", loaded.__module__, loaded.__qualname__)
-print("unknown", error_of(base.load_plugin, "nodot"))
-once = base.load_plugin
-startup.install(); startup.add_alias(base)
-print("once", base.load_plugin is once, sum(type(f).__name__ == "AliasFinder" for f in sys.meta_path))
-print("loader", type(base.__spec__.loader).__name__, type(base.__loader__).__name__)
-print("source", "def load_plugin" in inspect.getsource(base))
-print("reloaded", hasattr(importlib.reload(base).load_plugin, "__wrapped__"))
+def listed(name):  # the way that `axolotl train` goes, and the one that a Ray worker goes is the same
+    cfg = DictDefault(base_model="none", plugins=[name])
+    cli.prepare_plugins(cfg)
+    from axolotl_layersel.config.conflicts import names_plugin
+    kinds = {type(plugin).__module__ for plugin in base.PluginManager.get_instance().plugins.values()}
+    return "acts" if names_plugin(cfg) and "axolotl_layersel.integration.plugin" in kinds else "is ignored"
+
+def unlisted(module):
+    module.prepare_plugins(DictDefault(base_model="none", layersel={}))
+    return "is dropped"
+
+names = json.loads(sys.argv[1])
+said = {}
+sys.modules["axolotl_layersel.integration.plugin"] = None  # an import that fails
+said["broken"] = {name: answer(listed, name) for name in names}
+del sys.modules["axolotl_layersel.integration.plugin"]
+said["block"] = {module.__name__: answer(unlisted, module) for module in (cli, utils)}
+said["listed"] = {name: answer(listed, name) for name in names}
+said["unknown"] = answer(base.load_plugin, "nodot")
 """
+LOAD = (
+    ASK
+    + """
+import axolotl_layersel._startup as startup
+once = base.load_plugin, cli.prepare_plugins
+startup.install(); startup.add_alias(base); startup.refuse_unlisted_blocks(cli)
+said["once"] = [
+    (base.load_plugin, cli.prepare_plugins) == once, sum(type(f).__name__ == "AliasFinder" for f in sys.meta_path)
+]
+said["loader"] = [type(base.__spec__.loader).__name__, type(base.__loader__).__name__]
+said["source"] = "def load_plugin" in inspect.getsource(base)
+said["reloaded"] = hasattr(importlib.reload(base).load_plugin, "__wrapped__")
+print("SAID", json.dumps(said))
+"""
+)
+
+
+def ask(environment: Environment, program: str) -> dict[str, Any]:
+    """One import of axolotl, many questions; what axolotl itself prints is left out."""
+    done = environment.run("-c", program, json.dumps([*SPELLINGS, *NEARLY]))
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("SAID "))
+    said: dict[str, Any] = json.loads(line.removeprefix("SAID "))
+    return said
 
 
 @pytest.fixture(scope="module")
-def answers(installed: Environment) -> list[str]:
-    """One import of axolotl, many questions; what axolotl itself prints is left out."""
-    words = ("broken", "loaded", "unknown", "once", "loader", "source", "reloaded")
-    return [line for line in installed.run("-c", LOAD).stdout.splitlines() if line.startswith(words)]
+def answers(installed: Environment) -> dict[str, Any]:
+    return ask(installed, LOAD)
 
 
-def test_both_names_load_the_plugin(answers: list[str]) -> None:
-    assert [a for a in answers if a.startswith("loaded")] == [
-        "loaded axolotl_layersel.integration.plugin LayerSelPlugin"
-    ] * 2
+def test_under_every_spelling_the_plugin_acts(answers: dict[str, Any]) -> None:
+    assert {name: answers["listed"][name] for name in SPELLINGS} == dict.fromkeys(SPELLINGS, "acts")
 
 
-def test_a_plugin_that_cannot_be_imported_stops_the_run_and_the_error_names_the_dotted_spelling(
-    answers: list[str],
-) -> None:
-    """Without the alias axolotl would print the ImportError and train every layer without the plugin."""
-    broken = [a for a in answers if a.startswith("broken")]
-    assert len(broken) == 2
-    for answer in broken:
-        assert answer.startswith("broken RuntimeError: the plugin ")
-        assert "cannot be imported: import of axolotl_layersel.integration.plugin halted" in answer
+def test_a_name_that_is_nearly_right_stops_the_run(answers: dict[str, Any]) -> None:
+    for name in NEARLY:
+        assert re.match(r"(RuntimeError|ValueError|AttributeError): ", answers["listed"][name]), name
+
+
+def test_a_plugin_that_cannot_be_imported_stops_the_run_under_every_spelling(answers: dict[str, Any]) -> None:
+    """Without the alias axolotl 0.19 would print the ImportError and train every layer without the plugin."""
+    for name in SPELLINGS:
+        answer = answers["broken"][name]
+        assert answer.startswith(f"RuntimeError: the plugin {name!r} in `plugins:` cannot be imported: ")
+        assert "import of axolotl_layersel.integration.plugin halted" in answer
         assert answer.endswith("the full name of the plugin is 'axolotl_layersel.LayerSelPlugin'")
 
 
-def test_other_plugin_names_are_left_to_axolotl(answers: list[str]) -> None:
-    assert [a for a in answers if a.startswith("unknown")] == [
-        "unknown ValueError: not enough values to unpack (expected 2, got 1)"
-    ]
+def test_a_block_without_the_plugin_is_refused(answers: dict[str, Any]) -> None:
+    """Such a block would be dropped: axolotl keeps no key that no plugin claims."""
+    assert set(answers["block"]) == {"axolotl.cli.config", "axolotl.utils.config"}
+    for answer in answers["block"].values():
+        assert answer.startswith("ValueError: the config has a `layersel:` block, but `plugins:` is None, so axolotl ")
 
 
-def test_the_alias_is_added_once_and_axolotls_module_keeps_its_loader(answers: list[str]) -> None:
-    assert answers[-4:] == ["once True 1", "loader SourceFileLoader SourceFileLoader", "source True", "reloaded True"]
+def test_without_the_alias_a_spelling_acts_or_stops(bare: Environment) -> None:
+    """As from a folder on `PYTHONPATH`; a block without the plugin cannot be refused there."""
+    answers = ask(bare, f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{ASK}\nprint('SAID', json.dumps(said))")
+    dotted = [name for name in SPELLINGS if "." in name and ":" not in name]
+    assert {answers["listed"][name] for name in dotted} == {"acts"}
+    for name in set(SPELLINGS) - set(dotted):
+        assert answers["listed"][name] == "acts" or answers["listed"][name].startswith(("ValueError", "AttributeError"))
+    assert set(answers["block"].values()) == {"is dropped"}
+
+
+def test_other_plugin_names_are_left_to_axolotl(answers: dict[str, Any]) -> None:
+    assert answers["unknown"] == "ValueError: not enough values to unpack (expected 2, got 1)"
+
+
+def test_the_alias_is_added_once_and_axolotls_module_keeps_its_loader(answers: dict[str, Any]) -> None:
+    assert answers["once"] == [True, 1]
+    assert answers["loader"] == ["SourceFileLoader"] * 2
+    assert answers["source"] and answers["reloaded"]
 
 
 def test_an_axolotl_without_load_plugin_is_reported_with_the_dotted_spelling() -> None:
@@ -275,6 +332,39 @@ def test_the_installed_versions_lie_within_the_declared_bounds(requirements: dic
     assert {"torch", "transformers", "axolotl", "peft", "bitsandbytes", "pyyaml"} <= set(requirements)
     outside = [str(r) for r in requirements.values() if not r.specifier.contains(metadata.version(r.name))]
     assert outside == []
+
+
+def test_the_axolotl_that_is_installed_was_checked_for_its_private_names(requirements: dict[str, Requirement]) -> None:
+    assert requirements["axolotl"].specifier == axolotl_api.SUPPORTED
+    assert all(version in axolotl_api.SUPPORTED for version in axolotl_api.CHECKED_ON)
+    assert metadata.version("axolotl") in axolotl_api.CHECKED_ON
+
+
+def test_another_axolotl_ends_in_one_sentence(tmp_path: Path, bare: Environment) -> None:
+    """Whatever axolotl does with a plugin's errors, the run ends, and no traceback is shown."""
+    info = tmp_path / "axolotl-0.22.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: axolotl\nVersion: 0.22.0\n")
+    paths = [str(tmp_path), str(ROOT)]
+    load = (
+        f"import sys; sys.path[:0] = {paths}; import axolotl.integrations.base as base\n"
+        "base.PluginManager.get_instance().register('axolotl_layersel.LayerSelPlugin')"
+    )
+    done = bare.run("-c", load, check=False)
+    assert done.returncode == 1
+    assert "axolotl-layersel works with axolotl <0.22,>=0.19, and 0.22.0 is installed: install one of" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_private_names_of_axolotl_stand_in_one_module() -> None:
+    private = {}
+    for path in (ROOT / "axolotl_layersel").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "axolotl":
+                for name in (f"{node.module}.{alias.name}" for alias in node.names):
+                    if "._" in name or "monkeypatch" in name:
+                        private[name] = path.name
+    assert len(private) >= 2 and set(private.values()) == {"axolotl_api.py"}
 
 
 def test_every_dependency_has_an_upper_bound(requirements: dict[str, Requirement]) -> None:

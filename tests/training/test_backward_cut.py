@@ -6,6 +6,7 @@ Stock means what transformers, PEFT and TRL do for the same trained layers: the 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import pickle
 from pathlib import Path
@@ -124,6 +125,24 @@ def test_every_n_layers_is_kept_when_stopping_is_repeated() -> None:
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [False, False, True, False, True, False]
     arguments = model.model.layers[2]._gradient_checkpointing_func.keywords
     assert arguments == {"preserve_rng_state": False, "use_reentrant": False}
+
+
+def test_how_checkpointing_was_enabled_is_kept_but_for_reentrancy() -> None:
+    """Since 5.20 transformers has `offload`, no keyword of what it enables; it was lost when training began."""
+
+    def offloading(*_: Any, **__: Any) -> None:
+        """Stands for what transformers makes of `offload`."""
+
+    model = tiny_llama()
+    model._set_gradient_checkpointing(gradient_checkpointing_func=functools.partial(offloading, debug=True))
+    for _ in range(2):
+        stop_backward(model, layers=model.model.layers, first_trainable=CUT)
+    functions = {id(layer): layer._gradient_checkpointing_func for layer in model.model.layers}.values()
+    assert {function.func for function in functions} == {offloading}
+    assert [function.keywords for function in functions] == [{"debug": True, "use_reentrant": False}] * NUM_LAYERS
+    restore_backward(model)
+    assert {layer._gradient_checkpointing_func.func for layer in model.model.layers} == {offloading}
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
 
 
 def test_a_method_that_stood_on_the_instance_before_is_still_called() -> None:

@@ -224,9 +224,10 @@ def test_mlp_kernels_need_a_gpu_for_their_output(tmp_path: Path) -> None:
 
 
 def test_mlp_kernels_in_the_interpreter_give_the_same_gradients(tmp_path: Path) -> None:
-    code = "import sys, pathlib, test_kernels; test_kernels.interpreted_step(pathlib.Path(sys.argv[1]))"
+    here = Path(__file__).parent
+    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from test_kernels import interpreted_step as step"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
+        [sys.executable, "-c", f"{code}; step(pathlib.Path(sys.argv[2]))", str(here), str(tmp_path)],
         env=environment(TRITON_INTERPRET="1"),  # read when the kernels are defined
         cwd=tmp_path,
         capture_output=True,
@@ -241,7 +242,8 @@ def interpreted_step(folder: Path) -> None:
     """In a process of its own: axolotl's Triton kernels, autograd function and patches, on the CPU."""
     assert os.environ["TRITON_INTERPRET"] == "1"
     stock = take_step(build(PROJECTIONS, checkpointing="non-reentrant", stop=False))
-    vars(lora)["swiglu_forward"] = swiglu_forward_on_cpu
+    for module in (lora, swiglu):  # axolotl 0.21 imports it when it is called
+        vars(module)["swiglu_forward"] = swiglu_forward_on_cpu
     model = with_kernels(folder, checkpointing="non-reentrant", lora_mlp_kernel=True, **ATTENTION_KERNELS)
     forwards = [getattr(layer.mlp.forward, "__func__", None) for layer in find_stack(model).layers]
     assert [f is lora.apply_lora_mlp_swiglu for f in forwards] == [i >= CUT for i in range(NUM_LAYERS)]
