@@ -45,7 +45,7 @@ def progress(rows: int, *, enabled: bool = True) -> Iterator[Callable[[int, int]
         disable=not enabled,
         file=None if terminal else _LogLines(),
         mininterval=0.1 if terminal else SECONDS_BETWEEN_LINES,
-        maxinterval=10.0 if terminal else SECONDS_BETWEEN_LINES,
+        miniters=1,  # else tqdm's own monitor repeats lines
         dynamic_ncols=terminal,
         bar_format=None
         if terminal
