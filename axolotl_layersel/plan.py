@@ -27,21 +27,51 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True)
+class PilotCut:
+    """One training of a pilot, at the best rate that it tried."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    first_trainable: int  # k: layers k..L-1 were trained
+    learning_rate: float
+    loss: float  # on the held-out rows afterwards, nats per token
+    retention: float  # share of the improvement of training all layers
+    retention_stderr: float  # over the held-out rows
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Short trainings on the calibration rows, from which the exponent of the retention comes."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    steps: int
+    rows_per_step: int
+    rows: int  # trained on
+    heldout_rows: int
+    base_loss: float  # on the held-out rows before training, nats per token
+    cuts: list[PilotCut]  # all layers first
+    exponent: float  # of the pilot's own retentions
+    cost_share: float  # of the run, as planned: tokens times trained layers
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Scores:
     """What scoring found. Lists are by decoder layer (L) or latent state (L + 1), input side first."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     deviation: list[float]  # L + 1
     deviation_stderr: list[float]  # L + 1, rows as the independent units
-    weight: list[float]  # L, >= 0
-    gain: list[float]  # L, sum 1
-    retention: list[float]  # L; entry j: predicted share of the improvement when layers j..L-1 are trained
+    descent: list[float]  # L, >= 0, sum 1: each layer's share of the fall of the deviation
+    retention: list[float]  # L; entry k: predicted share of the improvement when layers k..L-1 are trained
     stability: dict[int, float]  # cut -> share of the bootstrap resamples that choose it
     row_cuts: dict[int, int]  # cut -> number of single rows that would choose it
     tokens: int  # scored tokens
     loss: float | None = None  # cross-entropy before training, nats per token; no logit scale, no soft-cap
-    retention_low: list[float] | None = None  # L; lower end of a band around the retention
+    retention_low: list[float] | None = None  # L; lower end of a 90 % band around the retention; what coverage asks
     retention_high: list[float] | None = None  # L; upper end
+    gain_source: Literal["forward", "pilot"] = "forward"  # where the exponent of the retention comes from
+    exponent: float | None = None  # retention(k) = (sum of descent over i >= k) ** exponent
+    pilot: Pilot | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +239,9 @@ class Plan:
 def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
     """The keys of a version 1 file as this version has them."""
     values = {**values, "schema_version": SCHEMA_VERSION}
-    scored = {name: values.pop(name, None) for name in ("weight", "gain", "retention", "stability", "row_cuts")}
+    scored = {name: values.pop(name, None) for name in ("retention", "stability", "row_cuts")}
+    scored["descent"] = values.pop("weight", None)  # they played its part in the retention
+    values.pop("gain", None)
     deviation, sample = values.pop("deviation", None), values.get("sample")
     if isinstance(deviation, dict) and isinstance(sample, dict):
         scored |= {"deviation": deviation.get("mean"), "deviation_stderr": deviation.get("stderr")}

@@ -1,7 +1,7 @@
 """Which cut every method would choose on the same sample, what finding it costs, and how far the methods agree.
 
-Ours with each deviation and each gain, the signals of `other_signals.py`, and fixed shares of the layers. All weights
-go through the policy of the run. The first row is the run's own choice, which the others are compared with.
+Ours with each deviation, SALF's as read here, the signals of `other_signals.py`, fixed shares of the layers. All
+weights go through the policy of the run. The first row is the run's own choice, which the others are compared with.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from axolotl_layersel.compare.other_signals import BaselineError
 from axolotl_layersel.method import gain as gains
 from axolotl_layersel.method import selection
 from axolotl_layersel.method.calibration import Row
+from axolotl_layersel.method.exponent import family_of, forward_exponent
 from axolotl_layersel.method.scoring_pass import measure
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.model.latent_states import left_as_found
@@ -30,6 +31,7 @@ from axolotl_layersel.model.latent_states import left_as_found
 Array = NDArray[np.float64]
 DEVIATIONS = ("cosine", "logit_lens")
 UNIFORM = "uniform"
+TRANSITION = "transition"
 FIXED_SHARES = (0.25, 0.5, 0.75)  # of the layers, at the output side: what people choose without a tool
 
 
@@ -57,12 +59,12 @@ class Rule:
     budget: int | float
     min_layers: int
 
-    def cut(self, weight_L: Array) -> int:
+    def cut(self, weight_L: Array, *, exponent: float) -> int:
         """The first trainable layer for weights that sum to 1."""
         return selection.select_cut(
             policy=self.policy,
-            weight_L=weight_L,
-            retention_L=gains.retention(weight_L, exponent=gains.RETENTION_EXPONENT),
+            retention_L=gains.retention(weight_L, exponent=exponent),
+            gain_L=weight_L,
             coverage=self.coverage,
             budget=self.budget,
             min_layers=self.min_layers,
@@ -85,19 +87,18 @@ def compare_methods(
     rows: Sequence[Row],
     *,
     deviation: str,
-    gain: str,
     rule: Rule,
     seed: int,
     batch_tokens: int = 4096,
     autocast: torch.dtype | None = None,
     step_of_cut: Sequence[float] | None = None,
 ) -> list[Choice]:
-    """The choices of all methods, the run's own first.
+    """The choices of all methods, the run's own first, each as far as the forward pass alone knows: no pilot is run.
 
     Args:
         model: as it will be trained, before adapters.
         rows: the calibration sample.
-        deviation, gain: of the run.
+        deviation: of the run.
         seed: of the random weights.
         step_of_cut: predicted step ratio of every cut 0..L-1, where known.
 
@@ -105,14 +106,15 @@ def compare_methods(
         StackError, ScoringError, ValueError: the run's own method cannot score this model.
     """
     stack = find_stack(model)
-    found = list(_ours(model, stack, rows, batch_tokens=batch_tokens, autocast=autocast))
+    found, loss = _ours(model, stack, rows, batch_tokens=batch_tokens, autocast=autocast)
     found += _rivals(model, stack, rows, seed=seed, batch_tokens=batch_tokens, autocast=autocast)
-    own_name = UNIFORM if gain == UNIFORM else f"{deviation}, {gain}"
+    exponent = forward_exponent(loss, num_layers=stack.num_layers, family=family_of(model)).high
+    own_name = TRANSITION if rule.policy == "peak_gain" else f"{deviation}, descent"
     found.sort(key=lambda f: f.method != own_name)  # stable: the run's own comes first
     own_L = found[0].weight_L
     assert own_L is not None
-    own_cut = rule.cut(own_L)
-    choices = [_choice(f, own_L, own_cut, rule=rule) for f in found]
+    own_cut = rule.cut(own_L, exponent=exponent)
+    choices = [_choice(f, own_L, rule=rule, exponent=exponent) for f in found]
     for share in FIXED_SHARES:
         kept = max(round(share * stack.num_layers), 1)
         choices.append(
@@ -123,21 +125,21 @@ def compare_methods(
 
 def _ours(
     model: nn.Module, stack: DecoderStack, rows: Sequence[Row], *, batch_tokens: int, autocast: torch.dtype | None
-) -> Iterator[_Found]:
-    """One forward pass for each deviation, from which every gain is had."""
+) -> tuple[list[_Found], float]:
+    """One forward pass for each deviation; and the loss of the model."""
+    found, loss = [], 0.0
     for deviation in DEVIATIONS:
         started = time.perf_counter()
         with left_as_found(model, autocast=autocast):
-            statistics = measure(model, stack, rows, range(len(rows)), deviation=deviation, batch_tokens=batch_tokens)
+            statistics = measure(
+                model, stack, rows, range(len(rows)), deviation=deviation, batch_tokens=batch_tokens, transitions=True
+            )
         seconds = time.perf_counter() - started
-        for gain in gains.WEIGHTS:
-            if gain != UNIFORM:  # the same for every deviation, so it stands once among the controls
-                weight_L = gains.layer_weights(
-                    gain,
-                    deviation_S=statistics.mean(statistics.deviation_RS),
-                    miss_L=statistics.mean(statistics.miss_RL),
-                )
-                yield _Found(f"{deviation}, {gain}", "layersel", weight_L, seconds)
+        share_L = gains.descent(statistics.mean(statistics.deviation_RS))
+        found.append(_Found(f"{deviation}, descent", "layersel", share_L, seconds))
+        loss = float(statistics.mean(statistics.loss_R[:, None])[0])
+    gain_L = gains.transition_gain(statistics.mean(statistics.miss_RL))  # whatever the deviation
+    return [*found, _Found(TRANSITION, "SALF, as read here", gain_L, seconds)], loss
 
 
 def _rivals(
@@ -177,13 +179,13 @@ def _rivals(
             yield _Found(method, source, weight_L / weight_L.sum(), time.perf_counter() - started)
 
 
-def _choice(found: _Found, own_L: Array, own_cut: int, *, rule: Rule) -> Choice:
+def _choice(found: _Found, own_L: Array, *, rule: Rule, exponent: float) -> Choice:
     if found.weight_L is None:
         return Choice(found.method, found.source, skipped=found.skipped)
     return Choice(
         found.method,
         found.source,
-        first_trainable=rule.cut(found.weight_L),
+        first_trainable=rule.cut(found.weight_L, exponent=exponent),
         weight=found.weight_L.tolist(),
         seconds=round(found.seconds, 3),
         rank_correlation=spearman(found.weight_L, own_L),

@@ -14,7 +14,6 @@ from axolotl_layersel.config.conflicts import find_conflicts
 from axolotl_layersel.config.prefix_cache import cache_conflicts
 
 DeviationName = Literal["cosine", "logit_lens"]
-GainName = Literal["transition", "remaining", "drop", "uniform"]
 PolicyName = Literal["coverage", "peak_gain", "budget"]
 
 
@@ -32,13 +31,19 @@ class LayerSelOptions(BaseModel):
     deviation: DeviationName = Field(
         default="cosine", description="how far a latent state is from the semantics of its label"
     )
-    gain: GainName = Field(default="transition", description="how deviations become the weight of each layer")
-    policy: PolicyName = Field(default="coverage", description="how gains become a suffix of trained layers")
+    policy: PolicyName = Field(default="coverage", description="how the scores become a suffix of trained layers")
     coverage: float = Field(
         default=0.95,
         gt=0.0,
         le=1.0,
-        description="smallest suffix predicted to keep this share of the improvement of training all layers",
+        description="smallest suffix that keeps this share of the improvement of training all layers, 90 % surely",
+    )
+    pilot: Literal["auto"] | bool = Field(
+        default="auto", description="short trainings before the run that measure what a cut keeps; auto: where they pay"
+    )
+    pilot_share: float = Field(default=0.02, gt=0.0, le=1.0, description="most that the pilot may cost, of the run")
+    scale_learning_rate: bool = Field(
+        default=False, description="raise the config's `learning_rate` as the best rate rose at such cuts in our runs"
     )
     budget: StrictInt | StrictFloat = Field(
         default=1.0,
@@ -74,6 +79,16 @@ class LayerSelOptions(BaseModel):
         default="auto", description="frozen weights leave the GPU once everything that needs them is in the cache"
     )
     report: bool = Field(default=True, description="figures and report in `<output_dir>/layersel/`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gain_is_gone(cls, block: Any) -> Any:
+        if isinstance(block, dict) and "gain" in block:
+            raise ValueError(
+                f"gain is {block['gain']!r}, and this option was removed: each layer's share of the descent took its "
+                "place, and `pilot` measures the rest. Remove the line; for SALF's reading write `policy: peak_gain`"
+            )
+        return block
 
     @field_validator("deviation", mode="before")
     @classmethod

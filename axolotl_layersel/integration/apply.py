@@ -16,6 +16,7 @@ from axolotl_layersel.cost.prediction import predict
 from axolotl_layersel.integration import axolotl_api
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.integration.runnable_model import evaluating
+from axolotl_layersel.method.pilot import rate_ratio
 from axolotl_layersel.model.adapted_modules import adapted_modules
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.plan import Plan, PlanError, Prediction, read_plan, write_text
@@ -30,6 +31,28 @@ SCORED_FILE = "plan.scored.json"  # an earlier run's, where this one was given i
 
 
 def config_updates(settings: RunSettings, model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """The config keys that make axolotl train exactly the plan's layers, in this run's mode, and at which rate.
+
+    Raises:
+        ValueError: the user's targets lie outside of the plan's layers, or axolotl cannot freeze this model.
+    """
+    updates = _layer_keys(settings, model, plan)
+    if settings.options.scale_learning_rate and plan.first_trainable:
+        updates["learning_rate"] = settings.learning_rate * rate_ratio(plan.first_trainable, plan.num_layers)
+    return updates
+
+
+def _rate_note(settings: RunSettings, plan: Plan) -> str:
+    ratio = rate_ratio(plan.first_trainable, plan.num_layers)
+    if settings.options.scale_learning_rate:
+        return f"learning_rate {settings.learning_rate:g} is raised by {ratio:.2f} for this cut (scale_learning_rate)"
+    return (
+        f"in our runs the best learning rate rose by about {ratio:.2f} at such a cut; `scale_learning_rate: true` "
+        "raises yours"
+    )
+
+
+def _layer_keys(settings: RunSettings, model: nn.Module, plan: Plan) -> dict[str, Any]:
     """The config keys that make axolotl train exactly the plan's layers, in this run's mode.
 
     Raises:
@@ -65,7 +88,8 @@ def config_updates(settings: RunSettings, model: nn.Module, plan: Plan) -> dict[
 
 def complete(settings: RunSettings, model: nn.Module, plan: Plan, updates: Mapping[str, Any]) -> Plan:
     """The plan with the config keys that apply it, what they cost, and the notes of this config."""
-    notes = [note for note in settings.notes if note not in plan.notes]
+    told = [*settings.notes, *([_rate_note(settings, plan)] if plan.first_trainable else [])]
+    notes = [note for note in told if note not in plan.notes]
     return dataclasses.replace(
         plan,
         config_updates=dict(updates),

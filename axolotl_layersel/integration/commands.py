@@ -102,7 +102,6 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
                 model,
                 sample.rows,
                 deviation=options.deviation,
-                gain=options.gain,
                 rule=Rule(options.policy, options.coverage, options.budget, options.min_layers),
                 seed=settings.seed,
                 batch_tokens=settings.batch_tokens,

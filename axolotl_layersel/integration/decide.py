@@ -20,6 +20,7 @@ from torch import nn
 from axolotl_layersel import __version__
 from axolotl_layersel.integration import axolotl_api
 from axolotl_layersel.integration.output_folder import claim_folder
+from axolotl_layersel.integration.pilot_settings import pilot_settings
 from axolotl_layersel.integration.preference_rows import PreferenceRows
 from axolotl_layersel.integration.processes import Processes
 from axolotl_layersel.integration.run_settings import RunSettings
@@ -163,16 +164,17 @@ def _scored_plan(
             model,
             sample.rows,
             deviation=options.deviation,
-            gain=options.gain,
             policy=options.policy,
             coverage=options.coverage,
             budget=options.budget,
             min_layers=options.min_layers,
+            pilot=pilot_settings(settings, sample, dataset, world_size=processes.world_size),
             seed=settings.seed,
             batch_tokens=settings.batch_tokens,
             autocast=settings.autocast,
             share=(processes.rank, processes.world_size),
             together=processes.together,
+            main_only=processes.main_only,
             progress=advance,
         )
     plan = Plan(

@@ -41,6 +41,11 @@ class RunSettings:
     seed: int  # of every draw
     autocast: torch.dtype | None  # the trainer's; None for full precision
     shape: StepShape  # of a micro batch
+    rows_per_step: int  # of an optimizer step, on one process; packed rows where `packs`
+    packs: bool  # rows are packed to the length of a sequence
+    max_steps: int | None
+    epochs: float
+    learning_rate: float
     checkpointing: bool
     reentrant: bool  # checkpointing is reentrant, with a boundary at the cut
     stop_backward: bool  # the backward pass ends at the cut
@@ -98,6 +103,11 @@ def settings_of(cfg: Any) -> RunSettings:
         seed=42 if cfg.seed is None else int(cfg.seed),  # axolotl's own default
         autocast=cfg.torch_dtype if cfg.torch_dtype in AUTOCAST_TYPES else None,
         shape=StepShape(batch=cfg.micro_batch_size or 1, positions=cfg.sequence_len),
+        rows_per_step=(cfg.micro_batch_size or 1) * (cfg.gradient_accumulation_steps or 1),
+        packs=bool(cfg.sample_packing),
+        max_steps=cfg.max_steps if cfg.max_steps and cfg.max_steps > 0 else None,
+        epochs=float(cfg.num_epochs or 1),
+        learning_rate=float(cfg.learning_rate),
         checkpointing=bool(cfg.gradient_checkpointing),
         # A compiled layer's frame may be used for another layer, without the boundary hook.
         reentrant=bool(cfg.gradient_checkpointing and kwargs.get("use_reentrant") and not cfg.torch_compile),

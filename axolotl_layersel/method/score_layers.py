@@ -3,9 +3,9 @@
     find the decoder stack; prove that norm and unembedding reproduce the logits     decoder_stack.py, verify_stack.py
     the semantics of the labels: bases in latent space                                              label_semantics.py
     one forward pass over the calibration sample, state by state                   scoring_pass.py, latent_states.py
-        how far is each state from the semantics of its label, and how much of each
-        layer's factual transition misses the virtual one                                           transition.py
-    deviations -> weights -> predicted retention of every suffix -> gain of every layer             gain.py
+        how far is each state from the semantics of its label                                       transition.py
+    deviations -> each layer's share of the descent: the shape of the retention                     gain.py
+    short trainings on the same rows -> how steep it is; without them a wide band      pilot.py, exponent.py
     policy, coverage, budget -> the cut, and how stable it is over rows                             selection.py
 
 Sources and what is our own: the docstrings there. Nothing here knows axolotl.
@@ -19,17 +19,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from axolotl_layersel.method import gain as gains
 from axolotl_layersel.method import selection
 from axolotl_layersel.method.calibration import Row
+from axolotl_layersel.method.exponent import Exponent, family_of, forward_exponent, unlike_the_known, widened
+from axolotl_layersel.method.pilot import Piloted, PilotSettings, run_pilot
+from axolotl_layersel.method.pilot_training import PilotError
 from axolotl_layersel.method.scoring_pass import Progress, measure
 from axolotl_layersel.method.transition import RowStatistics
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.latent_states import left_as_found
 from axolotl_layersel.plan import Scores
 
+Array = NDArray[np.float64]
 Together = Callable[[Callable[[], RowStatistics]], list[RowStatistics]]  # do it everywhere, get everybody's result
 
 
@@ -47,16 +52,17 @@ def score_layers(
     rows: Sequence[Row],
     *,
     deviation: str = "cosine",
-    gain: str = "transition",
     policy: str = "coverage",
     coverage: float = 0.95,
     budget: int | float = 1.0,
     min_layers: int = 1,
+    pilot: PilotSettings | None = None,
     seed: int = 42,
     batch_tokens: int = 4096,
     autocast: torch.dtype | None = None,
     share: tuple[int, int] = (0, 1),
     together: Together = lambda work: [work()],
+    main_only: Callable[[Callable[[], Piloted | str]], Piloted | str] = lambda work: work(),
     progress: Progress = lambda rows, tokens: None,
 ) -> ScoredCut:
     """Score every decoder layer on `rows` and choose the suffix to train.
@@ -64,12 +70,14 @@ def score_layers(
     Args:
         model: a causal language model as transformers loads it, quantised or not, on the device to run on.
         rows: the calibration sample, the same on every process.
-        deviation, gain, policy, coverage, budget, min_layers: see `args.LayerSelOptions`.
-        seed: of the bootstrap.
+        deviation, policy, coverage, budget, min_layers: see `options.LayerSelOptions`.
+        pilot: what a pilot needs to know of the run; None: the forward pass alone has to do.
+        seed: of the bootstrap and the pilot.
         batch_tokens: padded tokens in one forward pass.
         autocast: the trainer's autocast dtype, None for full precision.
         share: (rank, world size); this process runs rows rank, rank + world size, ...
         together: does the measuring on all processes and collects what they measured, or the error of one.
+        main_only: does the pilot on one process and gives its result to all.
         progress: called after each batch with the rows and tokens done here.
 
     Raises:
@@ -80,59 +88,115 @@ def score_layers(
     mine = range(share[0], len(rows), share[1])
     with left_as_found(model, autocast=autocast):
         parts = together(
-            lambda: measure(model, stack, rows, mine, deviation=deviation, batch_tokens=batch_tokens, progress=progress)
+            lambda: measure(
+                model,
+                stack,
+                rows,
+                mine,
+                deviation=deviation,
+                batch_tokens=batch_tokens,
+                transitions=policy == "peak_gain",
+                progress=progress,
+            )
         )
     statistics = RowStatistics.merge(parts)
+    share_L = gains.descent(statistics.mean(statistics.deviation_RS))
+    loss = float(statistics.mean(statistics.loss_R[:, None])[0])
 
-    def curves(counts_BR: Any = None) -> tuple[Any, Any]:
-        weight = gains.layer_weights(
-            gain,
-            deviation_S=statistics.mean(statistics.deviation_RS, counts_BR),
-            miss_L=statistics.mean(statistics.miss_RL, counts_BR),
-        )
-        return weight, gains.retention(weight, exponent=gains.RETENTION_EXPONENT)
+    def piloted() -> Piloted | str:
+        if pilot is None:
+            return "no pilot was asked for"
+        try:
+            return run_pilot(
+                model,
+                stack,
+                rows,
+                share_L=share_L,
+                settings=pilot,
+                seed=seed,
+                batch_tokens=batch_tokens,
+                autocast=autocast,
+            )
+        except PilotError as error:
+            return str(error)
 
-    def choose(weight_L: Any, retention_L: Any) -> int:
+    found = main_only(piloted)
+    if isinstance(found, str) and pilot is not None and pilot.required:
+        raise ValueError(f"no pilot can be run: {found}. Set `pilot: auto` to go on with the forward pass alone")
+    about: dict[str, Any] = {"num_layers": stack.num_layers, "family": family_of(model)}
+    unlike = unlike_the_known(loss=loss, **about)
+    exponent = forward_exponent(loss, **about) if isinstance(found, str) else widened(found.exponent, unlike)
+
+    def choose(counts_R: Array | None = None) -> int:
+        """The cut of all rows, or of rows that count as often as is said."""
+        counted = None if counts_R is None else counts_R[None]
+        miss_L = np.atleast_2d(statistics.mean(statistics.miss_RL, counted))[0]
+        deviation_S = np.atleast_2d(statistics.mean(statistics.deviation_RS, counted))[0]
         return selection.select_cut(
             policy=policy,
-            weight_L=weight_L,
-            retention_L=retention_L,
+            retention_L=gains.retention(gains.descent(deviation_S), exponent=exponent.high),
+            gain_L=gains.transition_gain(miss_L) if policy == "peak_gain" else None,
             coverage=coverage,
             budget=budget,
             min_layers=min_layers,
         )
 
-    weight_L, retention_L = curves()
     num_rows = len(statistics.rows_R)
-    resampled = selection.cuts_of(*curves(selection.bootstrap_counts(num_rows, seed=seed)), choose)
-    single = selection.cuts_of(*curves(np.eye(num_rows)), choose)
-    cut = choose(weight_L, retention_L)
-    stability = {k: count / len(resampled) for k, count in selection.tally(resampled).items()}
+    resampled = [choose(counts_R) for counts_R in selection.bootstrap_counts(num_rows, seed=seed)]
+    cut = choose()
+    low_L = gains.retention(share_L, exponent=exponent.high)
     scores = Scores(
         deviation=statistics.mean(statistics.deviation_RS).tolist(),
         deviation_stderr=statistics.stderr(statistics.deviation_RS).tolist(),
-        weight=weight_L.tolist(),
-        gain=gains.marginal_gain(retention_L).tolist(),
-        retention=retention_L.tolist(),
-        stability=stability,
-        row_cuts=selection.tally(single),
+        descent=share_L.tolist(),
+        retention=gains.retention(share_L, exponent=exponent.value).tolist(),
+        retention_low=low_L.tolist(),
+        retention_high=gains.retention(share_L, exponent=exponent.low).tolist(),
+        gain_source="forward" if isinstance(found, str) else "pilot",
+        exponent=exponent.value,
+        pilot=None if isinstance(found, str) else found.result,
+        stability={k: count / len(resampled) for k, count in selection.tally(resampled).items()},
+        row_cuts=selection.tally([choose(row_R) for row_R in np.eye(num_rows)]),
         tokens=int(statistics.tokens_R.sum()),
-        loss=float(statistics.mean(statistics.loss_R[:, None])[0]),
+        loss=loss,
     )
-    doubts = _doubts(cut, stability, retention_L=retention_L, coverage=coverage, policy=policy)
-    return ScoredCut(first_trainable=cut, scores=scores, notes=tuple(doubts))
+    notes = [
+        *_source(found, exponent, unlike, asked=pilot is not None),
+        *_doubts(cut, scores, coverage=coverage, policy=policy),
+    ]
+    return ScoredCut(first_trainable=cut, scores=scores, notes=tuple(notes))
 
 
-def _doubts(cut: int, stability: dict[int, float], *, retention_L: Any, coverage: float, policy: str) -> Iterator[str]:
+def _source(found: Piloted | str, exponent: Exponent, unlike: Sequence[str], *, asked: bool) -> Iterator[str]:
+    """Sentences that say where the retention comes from, what that cost, and why its band is as wide as it is."""
+    if isinstance(found, str):
+        why = f": {found}" if asked else ""
+        yield f"how steep the retention is comes from the forward pass alone{why}; so its band is wide"
+    else:
+        result = found.result
+        yield (
+            f"how steep the retention is comes from a pilot of {result.steps} steps of {result.rows_per_step} rows, "
+            f"{result.cost_share:.3f} of the run, {result.seconds:.0f} s"
+        )
+    if unlike:
+        yield (
+            f"the band was measured on other models than this one, which has {' and '.join(unlike)}: it is made "
+            f"wider, to exponents from {exponent.low:.2f} to {exponent.high:.2f}"
+        )
+
+
+def _doubts(cut: int, scores: Scores, *, coverage: float, policy: str) -> Iterator[str]:
     """Sentences that say why this choice may not hold."""
+    stability = scores.stability
     if stability.get(cut, 0.0) < 0.5:
         likely = max(stability, key=lambda k: stability[k])
         yield (
             f"the cut at layer {cut} holds in {stability.get(cut, 0.0):.2f} of the bootstrap resamples (layer {likely} "
             f"in {stability[likely]:.2f}): raise num_samples for a cut that depends less on the rows drawn"
         )
-    if policy == "coverage" and retention_L[cut] < coverage:
+    low_L = scores.retention_low or scores.retention
+    if policy == "coverage" and low_L[cut] < coverage:
         yield (
-            f"budget keeps the cut at layer {cut}, where the predicted retention is {retention_L[cut]:.3f} and "
-            f"coverage asks for {coverage}: raise budget to keep the promise"
+            f"budget keeps the cut at layer {cut}, where the retention is {scores.retention[cut]:.3f} and may be as "
+            f"low as {low_L[cut]:.3f}, and coverage asks for {coverage}: raise budget to keep the promise"
         )

@@ -48,9 +48,13 @@ def measure(
     *,
     deviation: str,
     batch_tokens: int,
+    transitions: bool = False,
     progress: Progress = lambda rows, tokens: None,
 ) -> RowStatistics:
-    """Statistics of `rows[indices]` from one forward pass each; out of memory halves the batch and goes on."""
+    """Statistics of `rows[indices]` from one forward pass each; out of memory halves the batch and goes on.
+
+    Without `transitions` the layers' moves are not held against the virtual ones, and their sums are zero.
+    """
     device = next(stack.embeddings.parameters()).device
     _check_tokens(rows, indices, num_embeddings=next(stack.embeddings.parameters()).shape[0])
     bases = semantic_bases(unembedding_weight(stack.head))
@@ -65,9 +69,11 @@ def measure(
             if not proved:
                 prove_stack(model, stack, input_ids=batch.input_ids[:1, :64].to(device))
                 proved = True
-            part = _measure_batch(stack, batch.to(device), bases=bases, norm=norm, deviation=measured)
+            part = _measure_batch(
+                stack, batch.to(device), bases=bases, norm=norm, deviation=measured, transitions=transitions
+            )
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if len(batch.rows) == 1:
                 raise ScoringError(
@@ -97,7 +103,7 @@ def _check_tokens(rows: Sequence[Row], indices: Sequence[int], *, num_embeddings
 
 
 def _measure_batch(
-    stack: DecoderStack, batch: Batch, *, bases: SemanticBases, norm: nn.Module, deviation: Deviation
+    stack: DecoderStack, batch: Batch, *, bases: SemanticBases, norm: nn.Module, deviation: Deviation, transitions: bool
 ) -> RowStatistics:
     scored_BT = batch.targets != IGNORED
     labels_N = batch.targets[scored_BT]
@@ -108,6 +114,7 @@ def _measure_batch(
         num_rows=len(batch.rows),
         bases_ND=bases.of(labels_N),
         deviation=deviation,
+        transitions=transitions,
     )
     last: list[Tensor] = []
 
@@ -152,7 +159,7 @@ def _head_loss(head: nn.Module, states_ND: Tensor, labels_N: Tensor, *, vocabula
     )
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether memory ran out; for the CPU and for cuBLAS, torch says so only in words."""
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,28 +40,29 @@ def most_layers(budget: int | float, *, num_layers: int, min_layers: int) -> int
 
 
 def select_cut(
-    *, policy: str, weight_L: Array, retention_L: Array, coverage: float, budget: int | float, min_layers: int
+    *, policy: str, retention_L: Array, gain_L: Array | None, coverage: float, budget: int | float, min_layers: int
 ) -> int:
     """The first trainable layer.
 
     Args:
-        policy: `coverage`, the smallest suffix whose predicted retention is at least `coverage`; `peak_gain`, freeze
-            through the layer of maximum weight (SALF's end of freezing); `budget`, the largest suffix allowed.
-        weight_L: weights; retention_L: predicted retention of training layers j..L-1.
+        policy: `coverage`, the smallest suffix whose retention is at least `coverage`; `peak_gain`, freeze through the
+            layer of maximum gain (SALF's end of freezing); `budget`, the largest suffix allowed.
+        retention_L: retention of training layers k..L-1 that can be relied on: the lower end of its band.
+        gain_L: what SALF calls the gain of a layer; `peak_gain` alone needs it.
         budget, min_layers: bounds of the suffix in every policy.
 
     Raises:
         ValueError: unknown policy, values that are not finite, or bounds that leave no suffix.
     """
-    if not (np.isfinite(weight_L).all() and np.isfinite(retention_L).all()):
+    if not np.isfinite(retention_L).all() or (gain_L is not None and not np.isfinite(gain_L).all()):
         raise ValueError("a gain is not finite; a run stops here because no layer can be selected from it")
-    num_layers = len(weight_L)
+    num_layers = len(retention_L)
     largest = most_layers(budget, num_layers=num_layers, min_layers=min_layers)
     first, last = num_layers - largest, num_layers - min_layers  # the cuts that the bounds allow
     if policy == "coverage":
         wanted = int(np.flatnonzero(retention_L >= coverage)[-1])
-    elif policy == "peak_gain":
-        wanted = int(np.argmax(weight_L)) + 1
+    elif policy == "peak_gain" and gain_L is not None:
+        wanted = int(np.argmax(gain_L)) + 1
     elif policy == "budget":
         wanted = first
     else:
@@ -78,8 +79,3 @@ def bootstrap_counts(num_rows: int, *, seed: int, resamples: int = RESAMPLES) ->
 def tally(cuts: Sequence[int]) -> dict[int, int]:
     """How often each cut occurs, by cut."""
     return dict(sorted(Counter(cuts).items()))
-
-
-def cuts_of(weight_BL: Array, retention_BL: Array, choose: Callable[[Array, Array], int]) -> list[int]:
-    """The cut of each resample or row."""
-    return [choose(w, r) for w, r in zip(weight_BL, retention_BL, strict=True)]

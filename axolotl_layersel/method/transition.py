@@ -132,9 +132,11 @@ class TransitionMeter:
         num_rows: int,
         bases_ND: Tensor,
         deviation: Deviation,
+        transitions: bool = True,
     ) -> None:
         self._labels_N, self._rows_N, self._num_rows = labels_N, rows_N, num_rows
         self._bases_ND, self._deviation = bases_ND, deviation
+        self._transitions = transitions
         self._before_ND: Tensor | None = None
         self._deviation_RS = torch.zeros(num_rows, num_layers + 1, dtype=torch.float64)
         self._miss_RL = torch.zeros(num_rows, num_layers, dtype=torch.float64)
@@ -146,7 +148,8 @@ class TransitionMeter:
             virtual_ND = virtual_transition(self._before_ND, self._bases_ND)
             miss_N = transition_miss(factual_transition(self._before_ND, states_ND), virtual_ND)
             self._miss_RL[:, state - 1] = self._sum(miss_N)
-        self._before_ND = states_ND
+        if self._transitions:
+            self._before_ND = states_ND
 
     def _sum(self, values_N: Tensor) -> Tensor:
         # Reduced on the CPU: atomics on a GPU would add in a new order in every run.

@@ -41,15 +41,18 @@ def model_card_section(plan: Plan) -> str:
         f"- Predicted cost: {lines['predicted']}",
     ]
     if plan.scores is not None:
-        text += ["", "| layer | deviation | gain | kept from here | |", "|--:|--:|--:|--:|:--|"]
+        text += ["", "| layer | deviation | descent | kept from here | |", "|--:|--:|--:|--:|:--|"]
         scores = plan.scores
-        for i, (after, gain, kept) in enumerate(zip(scores.deviation[1:], scores.gain, scores.retention, strict=True)):
+        for i, (after, fell, kept) in enumerate(
+            zip(scores.deviation[1:], scores.descent, scores.retention, strict=True)
+        ):
             state = "trained" if i >= plan.first_trainable else "frozen"
-            text.append(f"| {i} | {after:.3f} | {gain:.3f} | {kept:.3f} | {state} |")
+            text.append(f"| {i} | {after:.3f} | {fell:.3f} | {kept:.3f} | {state} |")
         text += [
             "",
-            "Deviation: how far the state after the layer is from the semantics of the labels. Kept from here: the "
-            "predicted share of the improvement of training all layers that training from this layer on keeps. "
+            "Deviation: how far the state after the layer is from the semantics of the labels; descent: the layer's "
+            "share of its fall. Kept from here: the predicted share of the improvement of training all layers that "
+            "training from this layer on keeps. "
             f"Measured on {_sample(plan)}.",
         ]
     text += ["", f"To train the same layers: `{recipe(plan)}`", "", f"The deviation follows: {SALF}"]

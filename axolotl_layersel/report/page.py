@@ -64,8 +64,8 @@ def render(plan: Plan, *, config_text: str | None = None) -> str:
         f"<pre>plugins:\n  - layersel\n{escape(recipe(plan))}</pre>",
         f'<p>The config of this run:</p><pre tabindex="0">{escape(config_text)}</pre>' if config_text else "",
         _origin(plan),
-        f"<footer><p>The deviation follows {escape(SALF)}. Predicted retention, gain and costs are this tool's own.</p>"
-        "</footer>",
+        f"<footer><p>The deviation follows {escape(SALF)}. Descent, predicted retention and costs are this tool's "
+        "own.</p></footer>",
     ]
     head = [
         '<meta charset="utf-8">',
@@ -113,23 +113,26 @@ def _table(plan: Plan) -> str:
     """Layer by layer; nothing where the layers do not differ."""
     if plan.scores is None:
         return ""
-    deviation, gains = plan.scores.deviation[1:], plan.scores.gain
+    deviation, descent = plan.scores.deviation[1:], plan.scores.descent
+    low = plan.scores.retention_low or plan.scores.retention
     rows = []
-    for i, (after, gain, retained) in enumerate(zip(deviation, gains, plan.scores.retention, strict=True)):
+    for i, (after, fell, retained) in enumerate(zip(deviation, descent, plan.scores.retention, strict=True)):
         state = "trained" if i >= plan.first_trainable else "frozen"
         row = f"{state} cut" if i == plan.first_trainable and i else state
         rows.append(
             f'<tr class="{row}"><th scope="row">{i}</th>'
             f'<td>{after:.3f}</td><td class="bar">{bar(after, of=max(deviation), name=state)}</td>'
-            f'<td>{gain:.3f}</td><td class="bar">{bar(gain, of=max(gains), name=state)}</td>'
-            f"<td>{retained:.3f}</td><td>{state}</td></tr>"
+            f'<td>{fell:.3f}</td><td class="bar">{bar(fell, of=max(descent), name=state)}</td>'
+            f"<td>{retained:.3f}</td><td>{low[i]:.3f}</td><td>{state}</td></tr>"
         )
     return (
         '<h2>Layer by layer</h2><p class="soft">Deviation: of the state after the layer from the semantics of the '
-        "labels. Kept: the predicted share of the improvement of training all layers that training from this layer on "
-        'keeps; gain is what it loses when this layer is frozen as well.</p><div class="scroll"><table><thead><tr>'
-        '<th scope="col">layer</th><th scope="col">deviation</th><td class="bar"></td><th scope="col">gain</th>'
-        '<td class="bar"></td><th scope="col">kept</th><th scope="col">state</th></tr></thead>'
+        "labels; descent: the layer's share of its fall. Kept: the predicted share of the improvement of training all "
+        "layers that training from this layer on keeps, and the low end of its 90 % band.</p>"
+        '<div class="scroll"><table><thead><tr>'
+        '<th scope="col">layer</th><th scope="col">deviation</th><td class="bar"></td><th scope="col">descent</th>'
+        '<td class="bar"></td><th scope="col">kept</th><th scope="col">at least</th>'
+        '<th scope="col">state</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 

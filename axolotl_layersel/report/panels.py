@@ -1,8 +1,8 @@
 """The four charts of a plan, each drawn by one function on matplotlib axes; the figure and the page share them.
 
-They show the deviation of every latent state with its 95 % band, the gain of every layer, the cuts that single rows
-and resamples would choose, and what every cut keeps and costs. Frozen layers lie on grey ground. Colours are those of
-Okabe and Ito, told apart by all common kinds of colour vision; every pair also differs in lightness or line style.
+They show the deviation of every latent state with its 95 % band, each layer's share of its fall, the cuts that single
+rows and resamples would choose, and what every cut keeps and costs. Frozen layers lie on grey ground. Colours are
+those of Okabe and Ito, told apart by all common kinds of colour vision; pairs also differ in lightness or line style.
 What the page moves or recolours with its slider carries an id (`gid`): `edge-N` and `ground-N` are the cut of panel N,
 `layer-i` is the bar of layer i, `point-NAME` lies on the curve of that name.
 """
@@ -70,7 +70,7 @@ def panels(plan: Plan) -> list[Panel]:
     several = plan.num_layers > 1
     known: dict[Panel, bool] = {
         _deviation: plan.scores is not None,
-        _gain: plan.scores is not None,
+        _descent: plan.scores is not None,
         _chosen: several and plan.scores is not None,
         _trade: several and (plan.scores is not None or plan.prediction is not None),
     }
@@ -124,28 +124,28 @@ def _name_sides(axes: Axes, plan: Plan) -> None:
             )
 
 
-def _gain(axes: Axes, plan: Plan) -> str:
+def _descent(axes: Axes, plan: Plan) -> str:
     assert plan.scores is not None
-    k, count, gain = plan.first_trainable, plan.num_layers, plan.scores.gain
+    k, count, descent = plan.first_trainable, plan.num_layers, plan.scores.descent
     colours = [COLOURS["frozen" if i < k else "trained"] for i in range(count)]
-    bars = axes.bar(range(count), gain, color=colours, width=0.8 if count > 1 else 0.2, zorder=2)
+    bars = axes.bar(range(count), descent, color=colours, width=0.8 if count > 1 else 0.2, zorder=2)
     for i, bar in enumerate(bars):
         bar.set_gid(f"layer-{i}")
     _ground(axes, plan, first=-0.6, cut=k - 0.5, last=count - 0.4)
-    ordered = sorted(gain)
-    tallest = gain.index(ordered[-1])
+    ordered = sorted(descent)
+    tallest = descent.index(ordered[-1])
     if count > 2 and ordered[-1] > TALLEST * ordered[-2] > 0:  # the last layer often hides all others
         _break_bar(axes, tallest, ordered[-1], top=1.7 * ordered[-2], right=tallest > count / 2)
-    axes.set_title("Gain of training a layer")
+    axes.set_title("Share of the descent")
     axes.set_xlabel("decoder layer")
-    return f"Largest gain: {ordered[-1]:.2f}, layer {tallest}."
+    return f"Largest share: {ordered[-1]:.2f}, layer {tallest}."
 
 
-def _break_bar(axes: Axes, layer: int, gain: float, *, top: float, right: bool) -> None:
+def _break_bar(axes: Axes, layer: int, share: float, *, top: float, right: bool) -> None:
     """Cut a bar off at `top`, mark it as broken, and write its number on the side where there is room."""
     axes.set_ylim(0, top)
     axes.annotate(
-        f"layer {layer}: {gain:.2f}",
+        f"layer {layer}: {share:.2f}",
         xy=(layer - 0.4 if right else layer + 0.4, top),
         xytext=(-6 if right else 6, -5),
         textcoords="offset points",
@@ -189,6 +189,11 @@ def _trade(axes: Axes, plan: Plan) -> str:
                 [k], [values[k]], "o", color=COLOURS[colour], markersize=9, markeredgecolor=COLOURS["page"], zorder=5,
                 gid=f"point-{name}",
             )  # fmt: skip
+    if plan.scores and plan.scores.retention_low and plan.scores.retention_high:
+        axes.fill_between(
+            cuts, plan.scores.retention_low, plan.scores.retention_high, color=COLOURS["trained"], alpha=0.15,
+            linewidth=0, zorder=1, label="its 90 % band",
+        )  # fmt: skip
     axes.set_ylim(0, 1.05)
     title = "What every cut keeps and costs" if plan.scores else "What every cut costs"
     axes.set_title(title, pad=26)

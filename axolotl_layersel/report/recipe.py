@@ -126,7 +126,7 @@ def _header(plan: Plan, *, plain: bool) -> list[str]:
 def _without_plugin(result: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """For stock axolotl: the keys that the run wrote, one kind of them."""
     updates = dict(plan.config_updates)
-    if plan.adapter and set(updates) - {"unfrozen_parameters"}:
+    if plan.adapter and set(updates) - {"unfrozen_parameters", "learning_rate"}:
         updates.pop("unfrozen_parameters", None)
     if not updates:
         raise RecipeError(

@@ -41,10 +41,13 @@ def _layers(plan: Plan) -> Table:
         layers.add_row(_range(plan.first_trainable, plan.num_layers - 1), "trained", style="bold")
         return layers
     layers.add_column("deviation", no_wrap=True)
-    layers.add_column("gain", no_wrap=True)
-    layers.add_column("kept from here", justify="right", no_wrap=True)
+    low = plan.scores.retention_low
+    layers.add_column("descent", no_wrap=True)
+    layers.add_column("kept" if low else "kept from here", justify="right", no_wrap=True)
+    if low:
+        layers.add_column("at least", justify="right", no_wrap=True)
     layers.add_column("", no_wrap=True)
-    deviation, gain = plan.scores.deviation[1:], plan.scores.gain
+    deviation, descent = plan.scores.deviation[1:], plan.scores.descent
     for i in range(plan.num_layers):
         trained = i >= plan.first_trainable
         if i == plan.first_trainable and i:
@@ -52,8 +55,9 @@ def _layers(plan: Plan) -> Table:
         layers.add_row(
             str(i),
             Bar(deviation[i], of=max(deviation)),
-            Bar(gain[i], of=max(gain)),
+            Bar(descent[i], of=max(descent)),
             f"{plan.scores.retention[i]:.3f}",
+            *([f"{low[i]:.3f}"] if low else []),
             "trained" if trained else "frozen",
             style="" if trained else "dim",
         )

@@ -28,7 +28,7 @@ WITH_CURVES = (TensorBoardCallback, MLflowCallback, WandbCallback, TrackioCallba
 
 
 def values(plan: Plan) -> dict[str, float]:
-    """All numbers of a plan under flat names, such as `layersel/gain/layer_07`; only those that the plan has."""
+    """All numbers of a plan under flat names, such as `layersel/descent/layer_07`; only those that the plan has."""
     flat = _main_values(plan)
     for name, unit, curve in _curves(plan):
         width = len(str(len(curve) - 1))
@@ -101,8 +101,9 @@ def _curves(plan: Plan) -> Iterator[tuple[str, str, list[float]]]:
     """Name, what the places are, and values by place."""
     if plan.scores is not None:
         yield "deviation", "state", plan.scores.deviation
-        for name in ("weight", "gain", "retention"):
-            yield name, "layer", getattr(plan.scores, name)
+        for name in ("descent", "retention", "retention_low", "retention_high"):
+            if (values := getattr(plan.scores, name)) is not None:
+                yield name, "layer", values
 
 
 def _options(plan: Plan) -> dict[str, Any]:

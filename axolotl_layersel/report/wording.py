@@ -14,7 +14,7 @@ from axolotl_layersel.plan import Plan, Prediction
 
 UNITS = {"cosine": "1 - cosine", "logit_lens": "logit lens (nats)"}
 BAND_95 = 1.96  # standard errors
-TALLEST = 3.0  # in a chart of gains, a bar that exceeds the next one by this factor is cut off and labelled
+TALLEST = 3.0  # in a chart of shares, a bar that exceeds the next one by this factor is cut off and labelled
 UNSTABLE = 0.5  # a cut that fewer of the resamples choose is called unstable
 SALF = (
     "Gu, Aleti, Chen, Zhang. A Semantic-Aware Layer-Freezing Approach to Computation-Efficient Fine-Tuning of "
@@ -111,6 +111,8 @@ def _cut(plan: Plan) -> str:
     by = f", by {policy}" + (f" {plan.options.get('coverage')}" if policy == "coverage" else "") if policy else ""
     text = f"first trainable layer {k} of 0 to {last}{by}; predicted to keep "
     text += f"{plan.scores.retention[k]:.3f} of the improvement"
+    if plan.scores.retention_low and plan.scores.retention_high:
+        text += f" ({plan.scores.retention_low[k]:.3f} to {plan.scores.retention_high[k]:.3f})"
     resampled = shares(plan.scores.stability)
     if not resampled:
         return f"{text}."

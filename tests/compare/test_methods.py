@@ -18,6 +18,8 @@ from axolotl_layersel.compare import other_signals as baselines
 from axolotl_layersel.compare.methods import Choice, Rule, compare_methods, spearman
 from axolotl_layersel.compare.other_signals import BaselineError
 from axolotl_layersel.method.calibration import Row
+from axolotl_layersel.method.exponent import forward_exponent
+from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import find_stack
 
 L = 4
@@ -229,39 +231,40 @@ def test_random_weights_follow_their_seed() -> None:
 
 
 def compare(network: Any, **options: Any) -> list[Choice]:
-    values = {"deviation": "cosine", "gain": "remaining", "rule": RULE, "seed": 0, **options}
+    values = {"deviation": "cosine", "rule": RULE, "seed": 0, **options}
     return compare_methods(network, rows(), **values)
 
 
 def test_every_method_is_compared_with_the_run_s_own_which_comes_first() -> None:
-    choices = compare(model(), deviation="logit_lens", gain="drop", step_of_cut=[1.0, 0.9, 0.8, 0.7])
-    assert choices[0].method == "logit_lens, drop"
+    choices = compare(model(), deviation="logit_lens", step_of_cut=[1.0, 0.9, 0.8, 0.7])
+    scored = score_layers(model(), rows()).scores
+    assert scored.loss is not None
+    assert choices[0].method == "logit_lens, descent"
     assert (choices[0].overlap, choices[0].rank_correlation) == (1.0, pytest.approx(1.0))
-    assert len(choices) == 2 * 3 + 7 + 3  # deviations x gains, rivals and controls, fixed shares
+    assert len(choices) == 2 + 1 + 7 + 3  # deviations, transition, rivals and controls, fixed shares
     assert len({c.method for c in choices}) == len(choices)
     for choice in choices:
         assert choice.first_trainable is not None and choice.skipped is None
         assert choice.step == [1.0, 0.9, 0.8, 0.7][choice.first_trainable]
         if choice.weight is not None:
             assert sum(choice.weight) == pytest.approx(1.0)
-            assert RULE.cut(np.asarray(choice.weight)) == choice.first_trainable
+            exponent = forward_exponent(scored.loss, num_layers=L, family="llama").high
+            assert RULE.cut(np.asarray(choice.weight), exponent=exponent) == choice.first_trainable
             assert choice.seconds is not None and choice.seconds >= 0
 
 
-def test_the_uniform_gain_may_be_the_run_s_own() -> None:
-    choices = compare(model(), gain="uniform")
-    assert choices[0].method == "uniform"
-    assert choices[0].rank_correlation is None  # equal weights order nothing
+def test_salf_s_reading_is_the_run_s_own_where_its_policy_is() -> None:
+    choices = compare(model(), rule=Rule("peak_gain", 0.95, 1.0, 1))
+    assert choices[0].method == "transition" and choices[0].weight is not None
+    assert choices[0].first_trainable == min(int(np.argmax(choices[0].weight)) + 1, L - 1)
 
 
 def test_the_run_s_own_row_is_what_a_run_would_choose() -> None:
-    from axolotl_layersel.method.score_layers import score_layers
-
     network = model()
-    scored = score_layers(network, rows(), gain="remaining", coverage=0.8)
+    scored = score_layers(network, rows(), coverage=0.8)
     own = compare(network, rule=Rule("coverage", 0.8, 1.0, 1))[0]
     assert own.first_trainable == scored.first_trainable
-    np.testing.assert_allclose(own.weight, scored.scores.weight, rtol=1e-9)
+    np.testing.assert_allclose(own.weight, scored.scores.descent, rtol=1e-9)
 
 
 def test_fixed_shares_train_a_quarter_half_and_three_quarters() -> None:

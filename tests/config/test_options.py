@@ -23,7 +23,10 @@ from axolotl_layersel.method.score_layers import score_layers
             {"deviation": "semantic_loss"},
             "deviation is 'semantic_loss', which was removed: .*Remove the line",
         ),
-        ({"gain": "magic"}, "gain\n  Input should be"),
+        ({"gain": "transition"}, "gain is 'transition', and this option was removed: .*Remove the line"),
+        ({"pilot": "always"}, "pilot"),
+        ({"pilot_share": 0}, "pilot_share\n  Input should be greater than 0"),
+        ({"pilot_share": 1.5}, "pilot_share\n  Input should be less than or equal to 1"),
         ({"policy": "best"}, "policy\n  Input should be 'coverage', 'peak_gain' or 'budget'"),
         ({"budget": 1.5}, "budget is 1.5; allowed is a fraction of the layers in .0, 1. or a whole number"),
         ({"budget": 0}, "budget"),
@@ -52,7 +55,7 @@ def test_a_budget_keeps_its_type_because_it_means_something() -> None:
 def test_the_pipeline_called_directly_has_the_same_defaults() -> None:
     defaults = {p.name: p.default for p in inspect.signature(score_layers).parameters.values()}
     shared = set(defaults) & set(LayerSelOptions.model_fields)
-    assert shared == {"deviation", "gain", "policy", "coverage", "budget", "min_layers"}
+    assert shared == {"deviation", "policy", "coverage", "budget", "min_layers"}
     for name in shared:
         assert defaults[name] == LayerSelOptions.model_fields[name].default
 

@@ -129,7 +129,7 @@ def check_scored(case: Case) -> str:
     for name in ("deviation_RS", "miss_RL", "loss_R"):
         np.testing.assert_allclose(getattr(alone, name), getattr(padded, name), rtol=1e-3, atol=1e-4, err_msg=name)
     scores = score_layers(model, sample).scores
-    assert np.isfinite(scores.deviation).all() and abs(sum(scores.gain) - 1.0) < 1e-9
+    assert np.isfinite(scores.deviation).all() and abs(sum(scores.descent) - 1.0) < 1e-9
     assert scores.tokens == sum(row.scored for row in sample)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     return "yes"

@@ -22,8 +22,8 @@ def scored_plan(
     """
     depth = np.linspace(0.0, 1.0, num_layers + 1)
     deviation_S = 0.97 - 0.1 * (depth > 0) - 0.35 * depth**2 + 0.02 * np.sin(9 * depth)
-    weight_L = gains.layer_weights("remaining", deviation_S=deviation_S, miss_L=np.ones(num_layers))
-    retention_L = gains.retention(weight_L, exponent=0.17)
+    share_L = gains.descent(deviation_S)
+    low_L, retention_L, high_L = (gains.retention(share_L, exponent=exponent) for exponent in (0.14, 0.1, 0.07))
     k = int(np.flatnonzero(retention_L >= 0.95)[-1]) if first_trainable is None else first_trainable
     near = [cut for cut in (k - 2, k - 1, k, k + 1) if 0 <= cut < num_layers]
     shares = [{-2: 0.04, -1: 0.19, 0: 0.66, 1: 0.11}[cut - k] for cut in near]
@@ -33,14 +33,16 @@ def scored_plan(
         "num_layers": num_layers,
         "first_trainable": k,
         "created_by": {"axolotl_layersel": "0.1.0", "torch": "2.13.0"},
-        "options": {"policy": "coverage", "coverage": 0.95, "gain": "remaining", "deviation": "cosine"},
+        "options": {"policy": "coverage", "coverage": 0.95, "deviation": "cosine"},
         "scores": replace(
             Scores(
                 deviation=deviation_S.tolist(),
                 deviation_stderr=(0.004 + 0.012 * depth).tolist(),
-                weight=weight_L.tolist(),
-                gain=gains.marginal_gain(retention_L).tolist(),
+                descent=share_L.tolist(),
                 retention=retention_L.tolist(),
+                retention_low=low_L.tolist(),
+                retention_high=high_L.tolist(),
+                exponent=0.1,
                 stability={cut: share / math.fsum(shares) for cut, share in zip(near, shares, strict=True)},
                 row_cuts={cut: 1 + round(60 * math.exp(-(((cut - k) / 2) ** 2))) for cut in range(num_layers)},
                 tokens=23_456,

@@ -39,7 +39,12 @@ def scores(processes: Processes, number: int, deviation: str) -> dict[str, Any]:
         together=processes.together,
     )
     scores = found.scores
-    return {"cut": found.first_trainable, "deviation": scores.deviation, "tokens": scores.tokens, "gain": scores.gain}
+    return {
+        "cut": found.first_trainable,
+        "deviation": scores.deviation,
+        "tokens": scores.tokens,
+        "retention": scores.retention,
+    }
 
 
 def refuse() -> None:

@@ -53,7 +53,8 @@ OPTIONS = st.fixed_dictionaries(
         "num_samples": st.integers(-1, 40),
         "max_tokens": st.integers(-1, 200),
         "deviation": st.sampled_from(["cosine", "logit_lens", "semantic_loss", "euclid"]),
-        "gain": st.sampled_from(["remaining", "drop", "transition", "uniform", 3]),
+        "pilot": st.sampled_from(["auto", True, False, "never"]),
+        "pilot_share": st.floats(-0.1, 1.1),
         "policy": st.sampled_from(["coverage", "peak_gain", "budget", None]),
         "coverage": st.floats(-0.5, 1.5) | st.just("all"),
         "budget": st.integers(-1, 9) | st.floats(-0.5, 2.0),
@@ -85,7 +86,7 @@ def test_a_block_and_a_data_set_end_in_a_plan_or_in_one_paragraph(
             seed=seed,
             sequence_len=10,
         )
-        chosen = options.model_dump(include={"deviation", "gain", "policy", "coverage", "budget", "min_layers"})
+        chosen = options.model_dump(include={"deviation", "policy", "coverage", "budget", "min_layers"})
         scored = score_layers(MODEL, sample.rows, seed=seed, **chosen)
     except ValueError as error:
         assert isinstance(error, CalibrationError) or str(error).startswith(("budget is", "min_layers is"))

@@ -136,7 +136,7 @@ def test_axolotl_trains_on_two_processes_with_the_plan_of_one(
     plan, alone = plan_of(tmp_path / "out"), plan_of(uninterrupted)
     assert plan["trainable_layers"] == alone["trainable_layers"]
     assert plan["scores"]["deviation"] == pytest.approx(alone["scores"]["deviation"], abs=1e-6)
-    assert plan["scores"]["gain"] == pytest.approx(alone["scores"]["gain"], abs=1e-6)
+    assert plan["scores"]["retention"] == pytest.approx(alone["scores"]["retention"], abs=1e-6)
     assert plan["scores"]["stability"] == alone["scores"]["stability"]
     assert plan["sample"] == alone["sample"]
     assert run.log.count("proved in the first step") == 2  # on both

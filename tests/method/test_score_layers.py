@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from axolotl_layersel.method import scoring_pass
 from axolotl_layersel.method.calibration import Row
+from axolotl_layersel.method.exponent import forward_exponent
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.method.scoring_pass import ScoringError, measure
 from axolotl_layersel.method.transition import RowStatistics
@@ -69,7 +70,7 @@ def model() -> nn.Module:
 
 
 def _measure(model: nn.Module, rows: list[Row], **options: object) -> RowStatistics:
-    settings: dict = {"deviation": "cosine", "batch_tokens": 64, **options}
+    settings: dict = {"deviation": "cosine", "batch_tokens": 64, "transitions": True, **options}
     with torch.no_grad():
         return measure(model.eval(), find_stack(model), rows, range(len(rows)), **settings)
 
@@ -144,16 +145,60 @@ def test_equal_inputs_give_equal_scores(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("deviation", ["cosine", "logit_lens"])
-@pytest.mark.parametrize("gain", ["remaining", "drop", "transition", "uniform"])
-def test_every_deviation_and_gain_gives_a_whole_result(model: nn.Module, deviation: str, gain: str) -> None:
-    scored = score_layers(model, _rows(), deviation=deviation, gain=gain)
+@pytest.mark.parametrize("policy", ["coverage", "peak_gain", "budget"])
+def test_every_deviation_and_policy_gives_a_whole_result(model: nn.Module, deviation: str, policy: str) -> None:
+    scored = score_layers(model, _rows(), deviation=deviation, policy=policy)
     scores = scored.scores
+    assert scores.retention_low and scores.retention_high
     assert len(scores.deviation) == len(scores.deviation_stderr) == LAYERS + 1
-    assert len(scores.weight) == len(scores.gain) == len(scores.retention) == LAYERS
-    assert sum(scores.gain) == pytest.approx(1.0)
+    assert len(scores.descent) == len(scores.retention) == LAYERS
+    assert sum(scores.descent) == pytest.approx(1.0)
     assert sum(scores.stability.values()) == pytest.approx(1.0)
     assert sum(scores.row_cuts.values()) == len(_rows())
-    assert scores.retention[scored.first_trainable] >= 0.95
+    for low, kept, high in zip(scores.retention_low, scores.retention, scores.retention_high, strict=True):
+        assert low <= kept <= high
+    if policy == "coverage":
+        assert scores.retention_low[scored.first_trainable] >= 0.95
+
+
+def test_the_band_is_wider_for_a_model_unlike_the_known_ones_and_a_note_says_why(model: nn.Module) -> None:
+    scored = score_layers(model, _rows())
+    assert any("unlike" in note or "6 layers (known are 12 to 30)" in note for note in scored.notes)
+    assert scored.scores.gain_source == "forward" and scored.scores.loss is not None
+    known = forward_exponent(scored.scores.loss, num_layers=12, family="llama")
+    wider = forward_exponent(scored.scores.loss, num_layers=LAYERS, family="llama")
+    assert wider.low < known.low < known.value == wider.value < known.high < wider.high
+    assert scored.scores.exponent == wider.value
+
+
+def test_the_cut_follows_the_data_where_the_model_has_structure() -> None:
+    """Two tokens whose labels are reached in layer 1 and in layer 4: their rows alone would choose other cuts."""
+    early, late = 3, 7
+    network = _reaching_labels(early=early, late=late)
+    rows = [Row((token, 11, token), (-100, token, token)) for token in (early,) * 4 + (late,) * 4]
+    choose = {token: score_layers(network, [r for r in rows if r.input_ids[0] == token]) for token in (early, late)}
+    assert choose[early].first_trainable < choose[late].first_trainable
+    together = score_layers(network, rows)
+    assert together.scores.row_cuts == {choose[early].first_trainable: 4, choose[late].first_trainable: 4}
+    assert len(together.scores.stability) > 1
+
+
+def _reaching_labels(*, early: int, late: int) -> nn.Module:
+    """A Llama without attention whose layers 1 and 4 move a position of one token towards that token's own label."""
+    network = tiny_llama(num_layers=LAYERS, hidden_size=64, intermediate_size=64)
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embedding, head = network.model.embed_tokens.weight, network.lm_head.weight
+        torch.nn.init.orthogonal_(embedding[:32]), torch.nn.init.orthogonal_(head[:32])
+        for index, token in ((1, early), (4, late)):
+            mlp = network.model.layers[index].mlp
+            direction = embedding[token] / embedding[token].norm()
+            mlp.gate_proj.weight.zero_()[0] = direction
+            mlp.up_proj.weight.zero_()[0] = direction
+            mlp.down_proj.weight[:, 0] = head[token] / head[token].norm()
+    return network
 
 
 def _state_of(model: nn.Module) -> tuple:
@@ -273,7 +318,7 @@ def test_a_policy_s_bounds_are_checked_before_anything_runs(model: nn.Module) ->
 
 
 def test_an_unstable_cut_and_a_broken_promise_are_told(model: nn.Module) -> None:
-    capped = score_layers(model, _rows(), budget=2)
+    capped = score_layers(model, _rows(), budget=2, coverage=1.0)
     assert any("budget keeps the cut at layer 4" in note for note in capped.notes)
 
 

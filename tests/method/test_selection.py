@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from axolotl_layersel.method.gain import retention
 from axolotl_layersel.method.selection import bootstrap_counts, most_layers, select_cut, tally
 
-WEIGHT_L = np.array([0.1, 0.2, 0.4, 0.2, 0.1])
+GAIN_L = np.array([0.1, 0.2, 0.4, 0.2, 0.1])
 RETENTION_L = np.array([1.0, 0.97, 0.9, 0.8, 0.5])
 
 
 def _cut(policy: str = "coverage", **changes: object) -> int:
-    options: dict = {"coverage": 0.95, "budget": 1.0, "min_layers": 1, "weight_L": WEIGHT_L, "retention_L": RETENTION_L}
+    options: dict = {"coverage": 0.95, "budget": 1.0, "min_layers": 1, "gain_L": GAIN_L, "retention_L": RETENTION_L}
     return select_cut(policy=policy, **{**options, **changes})
 
 
@@ -22,16 +22,16 @@ def test_coverage_is_the_smallest_suffix_that_keeps_its_promise(coverage: float,
     assert _cut(coverage=coverage) == cut
 
 
-def test_peak_gain_freezes_through_the_layer_of_maximum_weight() -> None:
+def test_peak_gain_freezes_through_the_layer_of_maximum_gain() -> None:
     assert _cut("peak_gain") == 3
 
 
 def test_peak_gain_at_the_output_keeps_min_layers() -> None:
-    assert _cut("peak_gain", weight_L=np.array([0.0, 0.0, 0.0, 0.0, 1.0]), min_layers=2) == 3
+    assert _cut("peak_gain", gain_L=np.array([0.0, 0.0, 0.0, 0.0, 1.0]), min_layers=2) == 3
 
 
 def test_a_tie_of_the_peak_goes_to_the_input_side() -> None:
-    assert _cut("peak_gain", weight_L=np.array([0.1, 0.4, 0.1, 0.4, 0.0])) == 2
+    assert _cut("peak_gain", gain_L=np.array([0.1, 0.4, 0.1, 0.4, 0.0])) == 2
 
 
 @pytest.mark.parametrize(("budget", "cut"), [(1.0, 0), (5, 0), (9, 0), (0.5, 3), (2, 3), (0.6, 2), (1, 4)])
@@ -87,7 +87,7 @@ def test_every_selection_is_within_its_bounds_and_keeps_coverage_unless_capped(
     weight_L = np.array(weights) / sum(weights)
     kept_L = retention(weight_L, exponent=0.17)
     cut = select_cut(
-        policy=policy, weight_L=weight_L, retention_L=kept_L, coverage=coverage, budget=fraction, min_layers=min_layers
+        policy=policy, gain_L=weight_L, retention_L=kept_L, coverage=coverage, budget=fraction, min_layers=min_layers
     )
     trained = num_layers - cut
     assert min_layers <= trained <= most_layers(fraction, num_layers=num_layers, min_layers=min_layers)

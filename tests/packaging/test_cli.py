@@ -253,16 +253,16 @@ def test_compare_prints_json_alone_with_every_method_on_one_sample(spoken: dict[
     assert values["num_layers"] == 6
     assert values["sample"]["rows"] == 4
     methods = {method["method"]: method for method in values["methods"]}
-    assert len(methods) == 19
+    assert len(methods) == 13
     defaults = LayerSelOptions()
-    own = f"{defaults.deviation}, {defaults.gain}"
+    own = f"{defaults.deviation}, descent"
     assert values["methods"][0]["method"] == own
     for method in methods.values():
         assert 0 <= method["first_trainable"] < 6
         assert 0 < method["step"] <= 1
     again = Plan.from_json(spoken["again"][0], source="standard output")
     assert again.scores is not None
-    assert methods[own]["weight"] == pytest.approx(again.scores.weight)
+    assert methods[own]["weight"] == pytest.approx(again.scores.descent)
 
 
 @pytest.mark.parametrize(

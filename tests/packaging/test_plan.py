@@ -19,8 +19,7 @@ PLAN = Plan(
     scores=Scores(
         deviation=[0.9, 0.8, 0.7, 0.6],
         deviation_stderr=[0.1, 0.1, 0.1, 0.1],
-        weight=[0.2, 0.3, 0.5],
-        gain=[0.05, 0.05, 0.9],
+        descent=[0.2, 0.3, 0.5],
         retention=[1.0, 0.95, 0.9],
         stability={1: 0.8, 2: 0.2},
         row_cuts={0: 3},
@@ -71,8 +70,8 @@ def test_a_file_of_version_1_is_read_with_all_that_it_knows() -> None:
         old["deviation"]["mean"],
         old["deviation"]["stderr"],
     )
-    for name in ("weight", "gain", "retention"):
-        assert getattr(plan.scores, name) == old[name]
+    assert (plan.scores.descent, plan.scores.retention) == (old["weight"], old["retention"])
+    assert (plan.scores.gain_source, plan.scores.pilot) == ("forward", None)
     assert {str(cut): share for cut, share in plan.scores.stability.items()} == old["stability"]
     assert (plan.scores.tokens, plan.scores.loss) == (old["sample"]["tokens"], old["sample"]["loss"])
     assert (plan.sample.rows, plan.sample.datasets) == (old["sample"]["rows"], ["data.jsonl"])
@@ -114,10 +113,10 @@ def test_a_plan_is_found_in_a_run_s_folder_and_in_a_checkpoint(tmp_path: Path) -
         (_edited(adapter="dora"), "adapter: Input should be 'lora' or 'qlora', got 'dora'"),
         (_edited(config_updates=["x"]), "config_updates: Input should be an object"),
         (_edited(surprise=1), "surprise: Unexpected keyword argument"),
-        (_edited("scores", gain=[1.0]), "gain has 1 numbers; 3 layers need 3"),
+        (_edited("scores", descent=[1.0]), "descent has 1 numbers; 3 layers need 3"),
         (_edited("scores", deviation=[0.1] * 3), "deviation has 3 numbers; 3 layers need 4"),
         (_edited("scores", retention_low=[0.1] * 4), "retention_low has 4 numbers; 3 layers need 3"),
-        (_edited("scores", weight=[0.1, "x", 0.9]), "scores.weight.1: Input should be a valid number, got 'x'"),
+        (_edited("scores", descent=[0.1, "x", 0.9]), "scores.descent.1: Input should be a valid number, got 'x'"),
         (_edited("scores", retention=[float("nan")] * 3), "scores.retention.0: Input should be a finite number"),
         (_edited("scores", stability={"one": 0.5}), "scores.stability.one.*: Input should be a valid integer"),
         (_edited("scores", row_cuts={"1": "many"}), "scores.row_cuts.1: Input should be a valid integer, got 'many'"),

@@ -81,7 +81,7 @@ def test_the_panels_show_the_plan(tmp_path: Path, panels: dict[str, Axes]) -> No
     draw(plan, tmp_path)
     assert list(panels) == [
         "Deviation from the label",
-        "Gain of training a layer",
+        "Share of the descent",
         "Cut that the rows would choose",
         "What every cut keeps and costs",
     ]
@@ -91,10 +91,10 @@ def test_the_panels_show_the_plan(tmp_path: Path, panels: dict[str, Axes]) -> No
     band = deviation.collections[0].get_paths()[0].vertices
     top = scores.deviation[30] + 1.96 * scores.deviation_stderr[30]
     assert band[band[:, 0] == 30][:, 1].max() == pytest.approx(top)
-    assert [bar.get_height() for bar in gain.patches[:30]] == scores.gain
+    assert [bar.get_height() for bar in gain.patches[:30]] == scores.descent
     colours = [bar.get_facecolor() for bar in gain.patches[:30]]
     assert len(set(colours[:6])) == len(set(colours[6:])) == 1 and colours[5] != colours[6]
-    assert [text.get_text() for text in gain.texts] == [f"layer 29: {scores.gain[29]:.2f}"]
+    assert [text.get_text() for text in gain.texts] == [f"layer 29: {scores.descent[29]:.2f}"]
     assert sum(bar.get_height() for bar in chosen.patches[1:31]) == pytest.approx(1.0)
     assert list(trade.lines[1].get_ydata()) == scores.retention
     assert list(trade.lines[3].get_ydata()) == plan.prediction.per_cut.step

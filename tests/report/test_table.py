@@ -49,8 +49,7 @@ def test_the_whole_text_of_a_small_plan() -> None:
         scores=Scores(
             deviation=[0.99, 0.8, 0.4],
             deviation_stderr=[0.01, 0.01, 0.01],
-            weight=[0.5, 0.5],
-            gain=[0.2, 0.8],
+            descent=[0.2, 0.8],
             retention=[1.0, 0.8],
             stability={0: 0.1, 1: 0.9},
             row_cuts={1: 128},
@@ -62,7 +61,7 @@ def test_the_whole_text_of_a_small_plan() -> None:
     assert plan_text(plan) == (
         "acme/tiny, LoRA, acme/chat\n"
         "\n"
-        "layer   deviation              gain                   kept from here\n"
+        "layer   deviation              descent                kept from here\n"
         "──────────────────────────────────────────────────────────────────────────────\n"
         "    0   0.800 ██████████████   0.200 ███▌                      1.000   frozen\n"
         "\n"
@@ -96,7 +95,10 @@ def test_every_layer_has_a_row_and_its_numbers() -> None:
     assert len(listed) == 80
     for i, row in enumerate(listed):
         scores = plan.scores
-        values = [f"{x:.3f}" for x in (scores.deviation[i + 1], scores.gain[i], scores.retention[i])]
+        values = [
+            f"{x:.3f}"
+            for x in (scores.deviation[i + 1], scores.descent[i], scores.retention[i], (scores.retention_low or [])[i])
+        ]
         assert re.findall(r"\d\.\d{3}", row) == values and row.startswith(f"{i:>5} ")
         assert row.endswith("trained" if i >= 60 else "frozen")
 
@@ -104,7 +106,7 @@ def test_every_layer_has_a_row_and_its_numbers() -> None:
 def test_bars_are_in_proportion_and_start_at_zero() -> None:
     listed = rows(plan_text(FOUR, ascii_only=True))
     assert FOUR.scores
-    deviation, gain = FOUR.scores.deviation, FOUR.scores.gain
+    deviation, gain = FOUR.scores.deviation, FOUR.scores.descent
     for i, row in enumerate(listed):
         bars = [len(bar) for bar in re.findall(r"#+", row)]
         largest = max(deviation[1:]), max(gain)

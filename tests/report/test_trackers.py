@@ -89,14 +89,14 @@ def test_values_are_flat_named_and_finite(plan: Plan) -> None:
     assert flat["layersel/predicted/step"] == pytest.approx(0.82)
     assert plan.scores
     assert [flat[f"layersel/deviation/state_{s}"] for s in range(4)] == plan.scores.deviation
-    assert [flat[f"layersel/gain/layer_{i}"] for i in range(3)] == plan.scores.gain
+    assert [flat[f"layersel/descent/layer_{i}"] for i in range(3)] == plan.scores.descent
     assert flat["layersel/predicted/retention"] == plan.scores.retention[1]
     assert all(type(value) is float and math.isfinite(value) for value in flat.values())
 
 
 def test_layer_names_sort_in_the_order_of_the_layers() -> None:
-    names = [name for name in values(scored_plan(num_layers=30)) if name.startswith("layersel/gain/")]
-    assert len(names) == 30 and names == sorted(names) and names[7] == "layersel/gain/layer_07"
+    names = [name for name in values(scored_plan(num_layers=30)) if name.startswith("layersel/descent/")]
+    assert len(names) == 30 and names == sorted(names) and names[7] == "layersel/descent/layer_07"
 
 
 def test_a_given_cut_has_only_what_is_known() -> None:
@@ -118,7 +118,7 @@ def test_tensorboard_gets_numbers_curves_text_and_figure(folder: Path, plan: Pla
     assert scalars["train/layersel/predicted/step"] == [(0, pytest.approx(0.82))]
     assert scalars["train/layersel/measured/backward_per_forward"] == [(1, 0.75), (2, 0.75)]
     assert plan.scores
-    assert scalars["layersel/gain"] == [(i, pytest.approx(g)) for i, g in enumerate(plan.scores.gain)]
+    assert scalars["layersel/descent"] == [(i, pytest.approx(g)) for i, g in enumerate(plan.scores.descent)]
     assert scalars["layersel/deviation"] == [(s, pytest.approx(d)) for s, d in enumerate(plan.scores.deviation)]
     assert not [tag for tag in scalars if "layer_" in tag]
     (text,) = events.Tensors("layersel/plan/text_summary")
@@ -142,8 +142,8 @@ def test_mlflow_gets_parameters_metrics_and_files(folder: Path, plan: Plan, monk
     assert run.data.params["layersel.policy"] == "coverage"
     assert run.data.metrics["layersel/first_trainable"] == 1.0
     assert run.data.metrics["layersel/measured/backward_per_forward"] == 0.75
-    history = client.get_metric_history(run.info.run_id, "layersel/gain")
-    assert [(m.step, m.value) for m in history] == list(enumerate(plan.scores.gain))
+    history = client.get_metric_history(run.info.run_id, "layersel/descent")
+    assert [(m.step, m.value) for m in history] == list(enumerate(plan.scores.descent))
     files = {Path(f.path).name for f in client.list_artifacts(run.info.run_id, "layersel")}
     assert files == {"plan.json", "deviation.png", "report.html"}
 
@@ -170,8 +170,8 @@ def test_wandb_gets_config_summary_and_figure(folder: Path, plan: Plan, monkeypa
         config, summary = dict(run.config), dict(run.summary)
         files = Path(run.dir)
     assert config["layersel"]["trainable_layers"] == [1, 2]
-    assert config["layersel"]["gain"] == plan.scores.gain
-    assert summary["layersel/gain/layer_2"] == pytest.approx((plan.scores.gain)[2])
+    assert config["layersel"]["descent"] == plan.scores.descent
+    assert summary["layersel/descent/layer_2"] == pytest.approx((plan.scores.descent)[2])
     assert summary["train/layersel/first_trainable"] == 1.0
     assert summary["train/layersel/measured/backward_per_forward"] == 0.75
     (picture,) = (files / "media" / "images" / "layersel").glob("figure_*.png")

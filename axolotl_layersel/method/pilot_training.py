@@ -1,0 +1,207 @@
+"""Short trainings of a suffix of layers on the calibration rows, with what enters its first layer read from memory.
+
+The layers below a cut are frozen, so what they hand on is computed once for all trainings of that cut. Each training
+has its own adapters (`low_rank.py`), rate, warm-up and decay, and is judged on rows that it has not seen. Nothing is
+drawn at random but from the seed, and the model is left as it was found.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from axolotl_layersel.method.calibration import IGNORED, Batch, Row, batches
+from axolotl_layersel.method.low_rank import low_rank_adapters
+from axolotl_layersel.model.decoder_stack import DecoderStack, unwrap
+from axolotl_layersel.model.start_at_layer import starting_at, states_entering
+
+Array = NDArray[np.float64]
+_GRADIENT_NORM = 1.0
+
+
+class PilotError(RuntimeError):
+    """The model cannot be piloted; the message says why."""
+
+
+@dataclass
+class Trainer:
+    """Trains suffixes of one model on one split of the calibration rows.
+
+    Args:
+        model: before adapters, in eval mode, under the precision of the run, its parameters frozen.
+        stack: found in it.
+        rows: the calibration rows.
+        train, heldout: indices into them.
+        rows_per_step: rows of an optimizer step.
+        batch_tokens: padded tokens in one forward pass; a step is made of as many as it takes.
+        checkpointing: recompute layers in the backward pass, as the run does.
+    """
+
+    model: nn.Module
+    stack: DecoderStack
+    rows: Sequence[Row]
+    train: Sequence[int]
+    heldout: Sequence[int]
+    rows_per_step: int
+    batch_tokens: int
+    checkpointing: bool = False
+    _entering: dict[int, dict[int, Tensor]] = field(default_factory=dict)  # cut -> row -> (T, D) on the CPU
+    _hands_on_tuple: bool = False  # what this model's layers return
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return next(self.stack.embeddings.parameters()).device
+
+    def keep_states(self, cut: int) -> None:
+        """Compute what enters layer `cut`, for all rows, from what was kept for a lower cut if there is one."""
+        below = max((known for known in self._entering if known < cut), default=0)
+        kept: dict[int, Tensor] = {}
+        with torch.no_grad(), self._noting_form():
+            for batch in self._batches([*self.train, *self.heldout]):
+                with self._starting_at(below, batch):
+                    states_BTD = states_entering(
+                        self.stack, cut, input_ids=batch.input_ids, attention_mask=batch.attention_mask
+                    )
+                for place, row in enumerate(batch.rows):
+                    kept[row] = states_BTD[place, : len(self.rows[row].input_ids)].to("cpu", copy=True)
+        self._entering[cut] = kept
+
+    def heldout_losses(self, cut: int, indices: Sequence[int] | None = None) -> Array:
+        """Summed cross-entropy (nats) of each held-out row, as the model stands, started at `cut`."""
+        chosen = list(self.heldout if indices is None else indices)
+        losses: dict[int, float] = {}
+        with torch.no_grad():
+            for batch in self._batches(chosen):
+                with self._starting_at(cut, batch):
+                    losses |= dict(zip(batch.rows, self._loss_of_rows(batch).tolist(), strict=True))
+        return np.array([losses[row] for row in chosen])
+
+    def trained(self, cut: int, *, learning_rate: float, steps: int, seed: int) -> Array:
+        """Train layers cut..L-1 for `steps` steps; summed cross-entropy of each held-out row, inf where it diverged."""
+        adapters = low_rank_adapters(self.stack, first_trainable=cut, seed=seed)
+        with adapters as parameters, self._recomputing(cut):
+            optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+            for step, chosen in enumerate(self._order(steps, seed)):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * rate_at(step, steps)
+                if not self._step(cut, chosen, parameters, optimizer):
+                    return np.full(len(self.heldout), np.inf)
+            return self.heldout_losses(cut)
+
+    def _step(
+        self, cut: int, chosen: Sequence[int], parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> bool:
+        """One optimizer step; whether its gradient was finite."""
+        tokens = sum(self.rows[row].scored for row in chosen)
+        for batch in self._batches(chosen):
+            with self._starting_at(cut, batch), torch.enable_grad():
+                loss = self._loss_of_rows(batch).sum() / tokens
+                loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, _GRADIENT_NORM)
+        if not torch.isfinite(norm):
+            return False
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def _order(self, steps: int, seed: int) -> Iterator[list[int]]:
+        """The rows of every step: all in a new order in each epoch."""
+        draw, waiting = np.random.default_rng(seed), list[int]()
+        for _ in range(steps):
+            while len(waiting) < self.rows_per_step:
+                waiting += draw.permutation(self.train).tolist()
+            yield waiting[: self.rows_per_step]
+            del waiting[: self.rows_per_step]
+
+    def _batches(self, indices: Sequence[int]) -> Iterator[Batch]:
+        for batch in batches(self.rows, indices, batch_tokens=self.batch_tokens):
+            yield batch.to(self.device)
+
+    @contextmanager
+    def _starting_at(self, cut: int, batch: Batch) -> Iterator[None]:
+        """Within the block the backbone starts at layer `cut`, with the kept states of this batch."""
+        if cut == 0:
+            yield
+            return
+        kept = [self._entering[cut][row] for row in batch.rows]
+        states_BTD = nn.utils.rnn.pad_sequence(kept, batch_first=True).to(self.device)
+        with starting_at(self.stack, cut, states_BTD, as_tuple=self._hands_on_tuple):
+            yield
+
+    @contextmanager
+    def _noting_form(self) -> Iterator[None]:
+        def note(_module: nn.Module, _args: object, output: object) -> None:
+            self._hands_on_tuple = not isinstance(output, Tensor)
+
+        handle = self.stack.layers[0].register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _recomputing(self, cut: int) -> Iterator[None]:
+        """Within the block the trained layers keep nothing for the backward pass but what they are given."""
+        layers = [unwrap(layer) for layer in self.stack.layers[cut:]] if self.checkpointing else []
+        owns = [(layer, vars(layer).get("forward")) for layer in layers]
+        try:
+            for layer in layers:
+                vars(layer)["forward"] = partial(checkpoint, layer.forward, use_reentrant=False)
+            yield
+        finally:
+            for layer, own in owns:
+                if own is None:
+                    del vars(layer)["forward"]
+                else:
+                    vars(layer)["forward"] = own
+
+    def _loss_of_rows(self, batch: Batch) -> Tensor:
+        """Summed cross-entropy of the model's own logits for each row, (B,) float32."""
+        scored_BT = batch.targets != IGNORED
+        keep_K = scored_BT.any(dim=0).nonzero()[:, 0]
+        narrow = {"logits_to_keep": keep_K} if _takes_positions(self.model) else {}
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **narrow)
+        logits_BKV = output.logits if narrow else output.logits[:, keep_K]
+        targets_BK = batch.targets[:, keep_K].to(logits_BKV.device)
+        with torch.autocast(logits_BKV.device.type, enabled=False):
+            loss_N = F.cross_entropy(
+                logits_BKV.float().flatten(0, 1), targets_BK.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+        return loss_N.view(targets_BK.shape).sum(dim=1)
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Share of the rate in a step: a warm-up over the first tenth, then a cosine to zero."""
+    warmup = max(1, round(steps / 10))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within the block no parameter of the model asks for a gradient."""
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in asked:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, wanted in asked:
+            parameter.requires_grad_(wanted)
