@@ -45,9 +45,10 @@ class Row:
         return digest[0] % HELD_OUT_SHARE == 0
 
     def to_json(self) -> str:
-        """A conversation of one question and one answer, as axolotl's `type: chat_template` reads it."""
+        """A question and its answer, as axolotl's `type: chat_template` reads them, and as `type: alpaca` does."""
         turns = [{"role": "user", "content": QUESTION + self.code}, {"role": "assistant", "content": self.answer}]
-        return json.dumps({"messages": turns, "module": self.module}) + "\n"
+        columns = {"instruction": QUESTION.strip(), "input": self.code, "output": self.answer}
+        return json.dumps({"messages": turns, **columns, "module": self.module}) + "\n"
 
 
 def library_rows(root: Path | None = None) -> list[Row]:

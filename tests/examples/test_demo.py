@@ -188,7 +188,7 @@ def test_a_gguf_file_becomes_a_model_with_equal_weights_and_the_end_of_a_turn_as
     from tiny import tiny_llama
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghij"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghij", "ab", "cd"]
     model = tiny_llama(num_layers=2, vocab_size=len(tokens), tie_word_embeddings=True).eval()
     path = tmp_path / "gguf" / "tiny.gguf"
     path.parent.mkdir()
@@ -206,8 +206,8 @@ def test_a_gguf_file_becomes_a_model_with_equal_weights_and_the_end_of_a_turn_as
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3, *[1] * 10])  # control tokens, then normal ones
-    writer.add_token_merges([])
+    writer.add_token_types([3, 3, 3, *[1] * 12])  # control tokens, then normal ones
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
@@ -353,7 +353,7 @@ def test_the_two_configs_differ_in_the_four_bits_and_the_folder_alone() -> None:
 def test_the_readme_of_the_configs_names_each_once() -> None:
     text = (ROOT / "example_configs" / "README.md").read_text(encoding="utf-8")
     names = [path.name for path in sorted((ROOT / "example_configs").glob("*.yml"))]
-    assert len(names) == 11
+    assert len(names) == 12
     assert {name: text.count(f"[{name}]({name})") for name in names} == dict.fromkeys(names, 1)
 
 
