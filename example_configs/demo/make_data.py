@@ -22,7 +22,7 @@ from pathlib import Path
 
 WORK = Path(__file__).parent / "work"
 QUESTION = "Write the one-line docstring of this Python function.\n\n"
-TRAIN_ROWS, EVAL_ROWS = 240, 64  # so that training takes a few minutes on two cores and measuring takes seconds
+TRAIN_ROWS, EVAL_ROWS = 160, 48  # so that training takes a few minutes on two cores and measuring takes seconds
 LONGEST_CODE, LONGEST_ANSWER = 200, 80  # characters
 HELD_OUT_SHARE = 10  # one top-level module in ten
 # Tests and bundled copies are no part of the library's own text; site-packages differ by machine.
