@@ -36,7 +36,7 @@ def test_the_option_table_is_the_option_block() -> None:
 
 
 def test_the_named_choices_are_all_there_are() -> None:
-    for kind in (args.DeviationName, args.GainName, args.PolicyName):
+    for kind in (args.DeviationName, args.PolicyName):
         for name in get_args(kind):
             assert f"`{name}`" in _section("Choosing the cut: options")
 
