@@ -26,7 +26,7 @@ JOBS     ?= 2
 # A machine with an NVIDIA driver gets the build of torch that pip would take; any other gets the CPU build, if pip
 # finds one (a `+cpu` version sorts above the plain one), and runs axolotl on the CPU.
 GPU      := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-# A CPU that multiplies bfloat16 in hardware does so: it is three times as fast there, and slow on any other.
+# A CPU that multiplies bfloat16 in hardware does so; any other would be slower for it.
 BF16     := $(shell grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo yes)
 CPU       = --cpu $(if $(BF16),--mixed_precision bf16)
 LAUNCH    = $(VENV)/bin/accelerate launch $(if $(GPU),,$(CPU))
