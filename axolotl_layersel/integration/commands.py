@@ -167,7 +167,8 @@ def _load(config: Path, overrides: Mapping[str, Any], *, keep_cut: bool = False)
     changes |= {f"layersel__{key}": None for key in ("first_layer", "plan") if block.get(key) is not None}
     cfg = load_cfg(str(config), **{**changes, **overrides})
     # The recipe keeps what was only left out for scoring.
-    LayerSelPlugin.written[cfg.axolotl_config_path] |= {key: written[key] for key in changes if key in _SPLITTING}
+    as_written = LayerSelPlugin.written[settings_of(cfg).config_file]
+    as_written |= {key: written[key] for key in changes if key in _SPLITTING}
     return cfg
 
 

@@ -20,6 +20,8 @@ import pytest
 import yaml
 from axolotl_runs import Finished, environment, make_model, start, train_command
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "example_configs" / "demo"
 CONFIGS = sorted((ROOT / "example_configs").glob("demo-*.yml"))

@@ -11,6 +11,8 @@ from axolotl_turns import train_in_turn
 from example_stand_ins import trained_layers
 from image_data import image_options, make_image_model
 
+pytestmark = pytest.mark.slow
+
 FULL = dict.fromkeys(["adapter", "lora_r", "lora_alpha", "lora_target_linear"])
 GIVEN = {"layersel": {"first_layer": 2, "report": False}, "skip_prepare_dataset": True}
 SCORED = {"layersel": {"num_samples": 8, "report": False}}

@@ -25,6 +25,8 @@ import axolotl_layersel._startup  # noqa: F401  # the alias, where the package i
 from axolotl_layersel.plan import PlanError
 from axolotl_layersel.training.backward_cut import FrontierError
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 6
 PLAIN = {"layersel": {"num_samples": 16, "coverage": 0.85, "report": False}}
 

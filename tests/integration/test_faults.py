@@ -36,6 +36,8 @@ from axolotl_layersel.integration.output_folder import LOCK_FILE, ClaimError, cl
 from axolotl_layersel.integration.run_settings import settings_of
 from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parents[1] / "helpers"
 
 

@@ -15,6 +15,8 @@ from models import CASES, COLUMNS, GEMMA_3N, MARKERS, Case
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import StackError
 
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).parents[1] / "README.md"
 
 

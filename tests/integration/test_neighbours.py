@@ -11,8 +11,11 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import pytest
 from axolotl_runs import Finished, start, write_config
 from conftest import UNINTERRUPTED
+
+pytestmark = pytest.mark.slow
 
 RUN_MODULE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_module('axolotl.cli.train', run_name='__main__')"
 WITH_ALIAS = f"import axolotl_layersel._startup; {RUN_MODULE}"

@@ -216,6 +216,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_inputs: dict[str, Path]) 
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_scores_trains_the_plan_s_layers_and_stops_at_the_cut(name: str, runs: dict[str, dict[str, Any]]) -> None:
     """Without an adapter a second model is loaded as reference, with the same hooks: it must be left alone."""

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from axolotl_layersel.config.conflicts import find_conflicts
 from axolotl_layersel.integration.processes import Processes, join_processes
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parents[1] / "helpers"
 
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from axolotl_layersel.integration import ray_workers as handover
 from axolotl_layersel.integration.ray_workers import config_as_written
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_driver_hands_on_the_keys_that_the_user_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker sees what validation made of the config: a hundred keys more, in another folder."""

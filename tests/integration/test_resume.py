@@ -23,6 +23,8 @@ from axolotl_layersel.integration.decide import decide
 from axolotl_layersel.integration.processes import Processes
 from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def output(uninterrupted: Path, tmp_path: Path) -> Path:

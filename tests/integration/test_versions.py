@@ -25,6 +25,7 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.slow
 def test_configs_of_one_process_get_their_own_plans_and_recipes_under_every_spelling(
     tmp_path: Path, run_inputs: dict[str, Path]
 ) -> None:

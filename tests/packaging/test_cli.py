@@ -208,6 +208,7 @@ def spoken(run_inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return {**said, "folder": folder}
 
 
+@pytest.mark.slow
 def test_score_writes_plan_and_recipe_and_prints_the_path_alone(spoken: dict[str, Any]) -> None:
     out, status, log = spoken["score"]
     path = spoken["folder"] / "good" / "out" / "layersel" / "plan.json"
@@ -216,6 +217,7 @@ def test_score_writes_plan_and_recipe_and_prints_the_path_alone(spoken: dict[str
     assert "layersel: scored 4 rows" in log
 
 
+@pytest.mark.slow
 def test_score_leaves_a_given_cut_aside_and_takes_changed_keys(spoken: dict[str, Any]) -> None:
     out, status, log = spoken["again"]
     assert status == 0, log[-3000:]
@@ -225,11 +227,13 @@ def test_score_leaves_a_given_cut_aside_and_takes_changed_keys(spoken: dict[str,
     assert plan == read_plan(spoken["folder"] / "good" / "out")
 
 
+@pytest.mark.slow
 def test_score_trains_nothing(spoken: dict[str, Any]) -> None:
     left = sorted(path.name for path in (spoken["folder"] / "good" / "out").iterdir())
     assert set(left) <= {"layersel", "debug.log"}
 
 
+@pytest.mark.slow
 def test_score_runs_a_sharded_config_on_one_process_and_its_recipe_is_sharded_again(spoken: dict[str, Any]) -> None:
     out, status, log = spoken["fsdp"]
     assert status == 0, log[-3000:]
@@ -239,6 +243,7 @@ def test_score_runs_a_sharded_config_on_one_process_and_its_recipe_is_sharded_ag
     assert list(recipe["layersel"]) == ["first_layer"]
 
 
+@pytest.mark.slow
 def test_score_takes_a_config_without_the_plugin(spoken: dict[str, Any]) -> None:
     out, status, log = spoken["bare"]
     assert status == 0, log[-3000:]
@@ -246,6 +251,7 @@ def test_score_takes_a_config_without_the_plugin(spoken: dict[str, Any]) -> None
     assert recipe["plugins"] == ["axolotl_layersel.LayerSelPlugin"]
 
 
+@pytest.mark.slow
 def test_compare_prints_json_alone_with_every_method_on_one_sample(spoken: dict[str, Any]) -> None:
     out, status, log = spoken["compare"]
     assert status == 0, log[-3000:]
@@ -265,6 +271,7 @@ def test_compare_prints_json_alone_with_every_method_on_one_sample(spoken: dict[
     assert methods[own]["weight"] == pytest.approx(again.scores.descent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [("typo", "coverge"), ("grpo", "`rl: grpo` cannot be scored"), ("pair", "'coverage' is not KEY=VALUE")],
@@ -279,6 +286,7 @@ def test_what_cannot_be_scored_is_one_paragraph_and_exit_status_1(
     assert "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_axolotl_lists_the_command_and_runs_it(plan_folder: Path) -> None:
     listed = subprocess.run(
         [str(BIN / "axolotl"), "--help"], capture_output=True, text=True, env=environment(), timeout=120, check=True

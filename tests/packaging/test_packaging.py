@@ -242,15 +242,18 @@ def answers(installed: Environment) -> dict[str, Any]:
     return ask(installed, LOAD)
 
 
+@pytest.mark.slow
 def test_under_every_spelling_the_plugin_acts(answers: dict[str, Any]) -> None:
     assert {name: answers["listed"][name] for name in SPELLINGS} == dict.fromkeys(SPELLINGS, "acts")
 
 
+@pytest.mark.slow
 def test_a_name_that_is_nearly_right_stops_the_run(answers: dict[str, Any]) -> None:
     for name in NEARLY:
         assert re.match(r"(RuntimeError|ValueError|AttributeError): ", answers["listed"][name]), name
 
 
+@pytest.mark.slow
 def test_a_plugin_that_cannot_be_imported_stops_the_run_under_every_spelling(answers: dict[str, Any]) -> None:
     """Without the alias axolotl 0.19 would print the ImportError and train every layer without the plugin."""
     for name in SPELLINGS:
@@ -260,6 +263,7 @@ def test_a_plugin_that_cannot_be_imported_stops_the_run_under_every_spelling(ans
         assert answer.endswith("the full name of the plugin is 'axolotl_layersel.LayerSelPlugin'")
 
 
+@pytest.mark.slow
 def test_a_block_without_the_plugin_is_refused(answers: dict[str, Any]) -> None:
     """Such a block would be dropped: axolotl keeps no key that no plugin claims."""
     assert set(answers["block"]) == {"axolotl.cli.config", "axolotl.utils.config"}
@@ -267,6 +271,7 @@ def test_a_block_without_the_plugin_is_refused(answers: dict[str, Any]) -> None:
         assert answer.startswith("ValueError: the config has a `layersel:` block, but `plugins:` is None, so axolotl ")
 
 
+@pytest.mark.slow
 def test_without_the_alias_a_spelling_acts_or_stops(bare: Environment) -> None:
     """As from a folder on `PYTHONPATH`; a block without the plugin cannot be refused there."""
     answers = ask(bare, f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{ASK}\nprint('SAID', json.dumps(said))")
@@ -277,10 +282,12 @@ def test_without_the_alias_a_spelling_acts_or_stops(bare: Environment) -> None:
     assert set(answers["block"].values()) == {"is dropped"}
 
 
+@pytest.mark.slow
 def test_other_plugin_names_are_left_to_axolotl(answers: dict[str, Any]) -> None:
     assert answers["unknown"] == "ValueError: not enough values to unpack (expected 2, got 1)"
 
 
+@pytest.mark.slow
 def test_the_alias_is_added_once_and_axolotls_module_keeps_its_loader(answers: dict[str, Any]) -> None:
     assert answers["once"] == [True, 1]
     assert answers["loader"] == ["SourceFileLoader"] * 2
@@ -340,6 +347,7 @@ def test_the_axolotl_that_is_installed_was_checked_for_its_private_names(require
     assert metadata.version("axolotl") in axolotl_api.CHECKED_ON
 
 
+@pytest.mark.slow
 def test_another_axolotl_ends_in_one_sentence(tmp_path: Path, bare: Environment) -> None:
     """Whatever axolotl does with a plugin's errors, the run ends, and no traceback is shown."""
     info = tmp_path / "axolotl-0.22.0.dist-info"

@@ -259,6 +259,7 @@ def test_layers_inside_checkpoint_wrappers_are_found(reentrant: bool) -> None:
     assert_same_gradients(again, stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": True}])
 def test_a_compiled_model_stops_at_the_cut_in_one_graph(checkpointing: dict[str, Any] | None) -> None:
     """Hooks that note what ran would break the graph inside checkpoints; reentrant is asked for and not given."""
@@ -475,6 +476,7 @@ def three_steps_of_ddp(rank: int, folder: str, checkpointing: str) -> None:
     torch.save(trained, f"{folder}/{checkpointing}-{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_the_cut_and_stay_equal(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(ddp_worker, args=(str(tmp_path),), nprocs=2)
     start = dict(build("lora", tmp_path, checkpointing="none", stop=True).named_parameters())
