@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-import torch
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
+from axolotl_layersel.integration.cache_install import install_cache
 from axolotl_layersel.integration.processes import Processes
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
@@ -24,10 +24,10 @@ from axolotl_layersel.plan import Plan
 from axolotl_layersel.prefix_cache.cached_prefix import CachedPrefix
 from axolotl_layersel.prefix_cache.decision import Choice, Need, Room, choose
 from axolotl_layersel.prefix_cache.fill import Sample, fill_store, gather_samples
-from axolotl_layersel.prefix_cache.fingerprint import below_the_cut, prefix_fingerprint
+from axolotl_layersel.prefix_cache.fingerprint import prefix_fingerprint
+from axolotl_layersel.prefix_cache.indexes import disk_free
 from axolotl_layersel.prefix_cache.obstacles import find_obstacles, probe, rounding_tolerance
-from axolotl_layersel.prefix_cache.offload import OffloadedWeights
-from axolotl_layersel.prefix_cache.state_files import FileStore, disk_free
+from axolotl_layersel.prefix_cache.state_files import FileStore
 from axolotl_layersel.prefix_cache.state_store import MemoryStore, PrefixCacheError, StateStore
 
 LOG = get_logger("axolotl.integrations.layersel")
@@ -121,7 +121,17 @@ class CacheRun:
                 filled.seconds,
             )
         if train:
-            self._install(model, stack, store, samples, tolerance)
+            self.installed = install_cache(
+                model,
+                stack,
+                store,
+                first_trainable=k,
+                where={sample.key: sample.where for sample in samples},
+                tolerance=tolerance,
+                trainer=self.trainer,
+                offload=self.options.offload_prefix,
+                folder=self.settings.cache_folder,
+            )
         return folder
 
     def _together(self, work: Callable[[], T]) -> T:
@@ -246,49 +256,3 @@ class CacheRun:
                 f"process {self.processes.rank} does not see {unseen} of {len(samples)} samples that others computed: "
                 "the folder must be one that all machines share; set `prefix_cache_dir`"
             )
-
-    def _install(
-        self, model: nn.Module, stack: DecoderStack, store: StateStore, samples: list[Sample], tolerance: float
-    ) -> None:
-        where = {sample.key: sample.where for sample in samples}
-        pad = getattr(self.trainer.processing_class, "pad_token_id", None)
-        for one in (stack, *self._reference(model, stack)):
-            cached = CachedPrefix(
-                stack=one,
-                store=store,
-                first_trainable=self.plan.first_trainable,
-                where=where,
-                tolerance=tolerance,
-                pad_token_id=pad,
-                weights=self._leaving(one),
-            )
-            cached.install()
-            self.installed.append(cached)
-
-    def _reference(self, model: nn.Module, stack: DecoderStack) -> list[DecoderStack]:
-        """A reference model of its own, if its frozen layers hold the same numbers."""
-        reference = getattr(self.trainer, "ref_model", None)
-        if reference is None or reference is model:
-            return []
-        other = find_stack(reference)
-        k = self.plan.first_trainable
-        own, theirs = (dict(below_the_cut(s, first_trainable=k)) for s in (stack, other))
-        pairs = [(own[n]._parameters, theirs.get(n, nn.Module())._parameters) for n in own]
-        both = [(a[name], b.get(name)) for a, b in pairs for name in a]
-        same = all(
-            (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b.to(a.device)))
-            for a, b in both
-        )
-        return [other] if same else []
-
-    def _leaving(self, stack: DecoderStack) -> OffloadedWeights | None:
-        """The weights that leave the device after the first step, or None where they stay."""
-        wanted, k = self.options.offload_prefix, self.plan.first_trainable
-        device = next(stack.layers[0].parameters()).device
-        modules = [m for layer in stack.layers[:k] for m in layer.modules()] + [stack.embeddings]
-        eight_bit = any(hasattr(p, "SCB") for m in modules for p in m.parameters(recurse=False))
-        if wanted is False or (wanted == "auto" and device.type != "cuda") or eight_bit:
-            return None
-        folder = self.settings.cache_folder
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return OffloadedWeights(modules, kept=list(stack.head.parameters()), folder=folder)

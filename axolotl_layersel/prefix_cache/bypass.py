@@ -101,8 +101,9 @@ class PrefixBypass:
         if isinstance(self.stack.embeddings, nn.Embedding):
             vars(self.stack.embeddings)["forward"] = _Embeddings(self, self.stack.embeddings)
             self._layers.append(self.stack.embeddings)
+        before = torch.compiler.disable(self._before)  # looking samples up is no tensor program
         self._handles = [
-            self.stack.backbone.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.stack.backbone.register_forward_pre_hook(before, with_kwargs=True),
             self.stack.backbone.register_forward_hook(self._after, always_call=True),
         ]
 

@@ -65,6 +65,18 @@ def prefix_fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()[:32], json.loads(text)
 
 
+def same_prefix(one: DecoderStack, other: DecoderStack, *, first_trainable: int) -> bool:
+    """Whether two models hold the same numbers below layer k, by name."""
+    theirs = dict(below_the_cut(other, first_trainable=first_trainable))
+    for name, module in below_the_cut(one, first_trainable=first_trainable):
+        own, matching = dict(_tensors(module)), dict(_tensors(theirs[name])) if name in theirs else {}
+        if own.keys() != matching.keys():
+            return False
+        if not all(torch.equal(tensor, matching[key].to(tensor.device)) for key, tensor in own.items()):
+            return False
+    return True
+
+
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own parameters and buffers, and the scales of quantised ones."""
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:

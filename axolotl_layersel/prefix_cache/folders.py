@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from axolotl_layersel.prefix_cache.state_files import ABOUT_FILE, LOCK_FILE, read_index
+from axolotl_layersel.prefix_cache.indexes import ABOUT_FILE, LOCK_FILE, read_index
 from axolotl_layersel.prefix_cache.state_store import PrefixCacheError
 
 _OURS = re.compile(r"[0-9a-f]{32}\.(safetensors|json)(\.tmp)?|about\.json(\.tmp)?|\.lock")

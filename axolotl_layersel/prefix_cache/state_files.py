@@ -15,8 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -32,16 +30,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from axolotl_layersel.prefix_cache.indexes import (
+    ABOUT_FILE,
+    LOCK_FILE,
+    SCHEMA,
+    disk_free,
+    find_fault,
+    write_whole,
+)
 from axolotl_layersel.prefix_cache.samples import KEY_BYTES, Key
 from axolotl_layersel.prefix_cache.state_store import PrefixCacheError, StateStore, StoredAs
 
 LOG = logging.getLogger("axolotl.integrations.layersel")
 
-SCHEMA = 1
-ABOUT_FILE, LOCK_FILE = "about.json", ".lock"
 FILE_BYTES = 256 << 20  # a file is written when it has this many bytes of states,
 FILE_SECONDS = 60.0  # or when the last one is this old: what a kill may cost
-_CHUNK = 8 << 20
 
 
 class FileStore(StateStore):
@@ -80,7 +83,7 @@ class FileStore(StateStore):
     def describe(self, about: dict[str, Any]) -> None:
         """Write what the fingerprint was made of, once."""
         if not (self.folder / ABOUT_FILE).exists():
-            _write(self.folder / ABOUT_FILE, (json.dumps(about, indent=2) + "\n").encode())
+            write_whole(self.folder / ABOUT_FILE, (json.dumps(about, indent=2) + "\n").encode())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -105,7 +108,7 @@ class FileStore(StateStore):
         names = [path.stem for path in sorted(self.folder.glob("*.json")) if path.name != ABOUT_FILE]
         new = [name for name in names if name not in self._open]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            faults = list(pool.map(self._fault if clean else self._no_fault, new))
+            faults = list(pool.map(self._fault_of, new)) if clean else [None] * len(new)
         for name, fault in zip(new, faults, strict=True):
             fault = fault or self._map(name)
             if fault is not None and not clean:
@@ -172,8 +175,8 @@ class FileStore(StateStore):
         }
         name = uuid.uuid4().hex
         try:
-            _write(self._path(name), content)
-            _write(self._path(name, ".json"), (json.dumps(index) + "\n").encode())
+            write_whole(self._path(name), content)
+            write_whole(self._path(name, ".json"), (json.dumps(index) + "\n").encode())
         except OSError as error:
             self._remove(name)
             raise PrefixCacheError(
@@ -193,31 +196,8 @@ class FileStore(StateStore):
         for suffix in (".json", ".safetensors"):
             self._path(name, suffix).unlink(missing_ok=True)
 
-    def _no_fault(self, name: str) -> str | None:
-        return None
-
-    def _fault(self, name: str) -> str | None:
-        """What is wrong with a file or its index, or None."""
-        for suffix in (".json", ".safetensors"):
-            try:
-                mode = os.lstat(self._path(name, suffix)).st_mode
-            except FileNotFoundError:
-                return f"{name}{suffix} is missing"
-            if not stat.S_ISREG(mode):
-                return f"{name}{suffix} is no plain file"
-        index = read_index(self._path(name, ".json"))
-        if index is None:
-            return "its index cannot be read"
-        if index["schema"] != SCHEMA or index["fingerprint"] != self.fingerprint:
-            return "it was made for something else"
-        path = self._path(name)
-        if path.stat().st_size != index["bytes"]:
-            return f"it has {path.stat().st_size} bytes, its index says {index['bytes']}"
-        digest = xxhash.xxh3_128()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-        return None if digest.hexdigest() == index["checksum"] else "its checksum is wrong"
+    def _fault_of(self, name: str) -> str | None:
+        return find_fault(self.folder, name, fingerprint=self.fingerprint)
 
     def _map(self, name: str) -> str | None:
         """Map a file and enter its samples; what is wrong with its content, or None."""
@@ -245,37 +225,3 @@ class FileStore(StateStore):
             start += length
         self._open.add(name)
         return None
-
-
-def read_index(path: Path) -> dict[str, Any] | None:
-    """The index of a file, or None if it is not one."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    kinds = {"schema": int, "fingerprint": str, "samples": int, "tokens": int, "bytes": int, "checksum": str}
-    if not isinstance(index, dict) or any(not isinstance(index.get(name), kind) for name, kind in kinds.items()):
-        return None
-    return index
-
-
-def disk_free(folder: Path) -> int:
-    """Bytes that are free where the folder is, or would be made."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Under its name only when all of it is on the disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -129,3 +130,21 @@ class _LayerCalls(TrainerCallback):
         for handle in self.handles:
             handle.remove()
         self.path.write_text(json.dumps(self.calls), encoding="utf-8")
+
+
+class SlowFilling(BasePlugin):
+    """Writes each sample of a prefix cache into a file of its own, says how many there are, and takes its time."""
+
+    def register(self, cfg: Any) -> None:
+        """Stores made from now on do so."""
+        from axolotl_layersel.prefix_cache.state_files import FileStore
+
+        add = FileStore.add
+
+        def add_and_write(store: FileStore, key: bytes, states: torch.Tensor) -> None:
+            add(store, key, states)
+            store.flush()
+            print(f"{len(store)} rows filled", flush=True)
+            time.sleep(0.2)
+
+        FileStore.add = add_and_write

@@ -24,6 +24,7 @@ from axolotl_layersel.prefix_cache.obstacles import find_obstacles, probe, round
 from axolotl_layersel.prefix_cache.offload import OffloadedWeights
 from axolotl_layersel.prefix_cache.state_files import FileStore
 from axolotl_layersel.prefix_cache.state_store import MemoryStore, PrefixCacheError, StateStore
+from axolotl_layersel.training.backward_cut import stop_backward
 
 LENGTHS = (5, 9, 12, 7, 16, 3)
 
@@ -387,3 +388,28 @@ def test_states_are_what_layer_k_is_given() -> None:
     with torch.no_grad():
         model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
     assert torch.equal(compute_states(stack, first_trainable=CUT, inputs=inputs), seen[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_model_trains_on_cached_states(checkpointing: bool) -> None:
+    model, data = lora(tiny_llama(use_cache=False)), rows()
+    stack = find_stack(model)
+    stop_backward(model, layers=stack.layers, first_trainable=CUT)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batches = [padded_batch(data[:3]), padded_batch(data[3:]), padded_batch(data[1:4]), packed_batch(data[2:5])]
+    whole = [step(model, batch) for batch in batches]
+    cached = cache(model, data)
+    cached.install()
+    calls = count_calls(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    try:
+        for batch, expected in zip(batches, whole, strict=True):
+            loss, gradients = step(compiled, batch)
+            same(
+                (loss, {n.removeprefix("_orig_mod."): g for n, g in gradients.items()}), expected, 4 * cached.tolerance
+            )
+    finally:
+        torch.compiler.reset()
+    assert (cached.hits, cached.misses) == (4, 0)
+    assert calls[0] == calls[CUT - 1] == 1, "the check of the first batch"
