@@ -33,7 +33,7 @@ from axolotl_layersel.prefix_cache.state_store import MemoryStore, PrefixCacheEr
 LOG = get_logger("axolotl.integrations.layersel")
 T = TypeVar("T")
 
-FILL_TOKENS = 16_384  # in a batch without gradients, or the run's own micro batch if that is larger
+FILL_TOKENS = {"cuda": 16_384, "cpu": 1_024}  # in a batch without gradients, or the run's own micro batch if larger
 _VERSIONS = ("axolotl", "torch", "transformers", "peft")
 
 
@@ -90,6 +90,7 @@ class CacheRun:
                 store = self._in_memory(states)
             if isinstance(store, FileStore) and self.processes.is_main:
                 store.describe(about)
+            most = FILL_TOKENS.get(next(stack.layers[0].parameters()).device.type, FILL_TOKENS["cuda"])
             missing = [sample for sample in samples if sample.key not in store]
             filled = self._together(
                 lambda: fill_store(
@@ -98,7 +99,7 @@ class CacheRun:
                     store,
                     missing,
                     first_trainable=k,
-                    batch_tokens=max(FILL_TOKENS, self.settings.batch_tokens),
+                    batch_tokens=max(most, self.settings.batch_tokens),
                     autocast=autocast,
                     share=(self.processes.rank, self.processes.world_size),
                     show_progress=self.processes.is_main and bool(missing),
