@@ -104,7 +104,7 @@ class LayerSelPlugin(BasePlugin):
             plan = run.decide(settings, model, current.dataset, processes=processes)
             updates = apply.config_updates(settings, model, plan)
             plan = apply.complete(settings, model, plan, updates)
-            written = self.written.get(cfg.axolotl_config_path, {})
+            written = self.written.get(settings.config_file, {})
             processes.main_only(lambda: apply.publish(settings, plan, config_as_written=written))
         current.plan = plan
         for key, value in updates.items():

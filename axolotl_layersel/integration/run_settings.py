@@ -26,6 +26,7 @@ class RunSettings:
     """One run's config. The rest of the package asks this, and never the config itself."""
 
     cfg: Any = field(repr=False)  # axolotl's own, to be passed to axolotl's functions
+    config_file: str | None  # where the config was read from
     options: LayerSelOptions  # the `layersel:` block
     base_model: str
     revision: str | None
@@ -88,6 +89,7 @@ def settings_of(cfg: Any) -> RunSettings:
     kwargs = cfg.gradient_checkpointing_kwargs or {}
     return RunSettings(
         cfg=cfg,
+        config_file=cfg.axolotl_config_path,
         options=options,
         base_model=cfg.base_model,
         revision=cfg.revision_of_model,
