@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ Array = NDArray[np.float64]
 DEVIATIONS = ("cosine", "logit_lens")
 UNIFORM = "uniform"
 TRANSITION = "transition"
+RELATIVE = "relative gradient norm"
 FIXED_SHARES = (0.25, 0.5, 0.75)  # of the layers, at the output side: what people choose without a tool
 
 
@@ -153,13 +155,15 @@ def _rivals(
 ) -> Iterator[_Found]:
     """Other signals and the controls; one that this model does not allow says why."""
     batched: dict[str, Any] = {"batch_tokens": batch_tokens, "autocast": autocast}
+
+    @cache
+    def gradient_norm() -> Array:
+        return baselines.gradient_norm(model, stack, rows, autocast=autocast)
+
+    gradient_seconds = 0.0
     signals: list[tuple[str, str, Callable[[], Array]]] = [
-        ("gradient norm", "AutoFreeze", lambda: baselines.gradient_norm(model, stack, rows, autocast=autocast)),
-        (
-            "relative gradient norm",
-            "Auto-RGN",
-            lambda: baselines.relative_gradient_norm(model, stack, rows, autocast=autocast),
-        ),
+        ("gradient norm", "AutoFreeze", gradient_norm),
+        (RELATIVE, "Auto-RGN", lambda: baselines.relative_gradient_norm(stack, gradient_norm())),
         ("weight SNR", "Spectrum", lambda: baselines.weight_snr(stack)),
         ("block influence", "ShortGPT", lambda: baselines.block_influence(model, stack, rows, **batched)),
         ("1 - CKA", "minibatch CKA", lambda: baselines.state_change(model, stack, rows, **batched)),
@@ -176,7 +180,12 @@ def _rivals(
             if not np.isfinite(weight_L).all() or weight_L.sum() <= 0:
                 yield _Found(method, source, None, skipped=f"its weights order no layers: {weight_L.tolist()}")
                 continue
-            yield _Found(method, source, weight_L / weight_L.sum(), time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            if method == "gradient norm":
+                gradient_seconds = seconds
+            elif method == RELATIVE:  # on its own it would need the same backward passes
+                seconds += gradient_seconds
+            yield _Found(method, source, weight_L / weight_L.sum(), seconds)
 
 
 def _choice(found: _Found, own_L: Array, *, rule: Rule, exponent: float) -> Choice:

@@ -84,15 +84,8 @@ def gradient_norm(
     return np.asarray(squared_RL.sqrt().mean(dim=0).numpy())
 
 
-def relative_gradient_norm(
-    model: nn.Module, stack: DecoderStack, rows: Sequence[Row], *, autocast: torch.dtype | None = None
-) -> Array:
-    """`gradient_norm` over the L2 norm of the layer's weights: Auto-RGN of surgical fine-tuning.
-
-    Raises:
-        BaselineError: the weights are quantised, so they have no gradient.
-    """
-    gradient_L = gradient_norm(model, stack, rows, autocast=autocast)
+def relative_gradient_norm(stack: DecoderStack, gradient_L: Array) -> Array:
+    """`gradient_norm`, which is given, over the L2 norm of the layer's weights: Auto-RGN of surgical fine-tuning."""
     squared_L = [sum(float(p.detach().double().square().sum()) for p in layer.parameters()) for layer in stack.layers]
     return np.asarray(gradient_L / np.maximum(np.sqrt(squared_L), 1e-12))
 

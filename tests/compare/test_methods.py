@@ -85,8 +85,8 @@ def test_gradient_norm_is_the_mean_over_rows_of_what_autograd_gives() -> None:
 def test_relative_gradient_norm_divides_by_the_norm_of_the_weights() -> None:
     network, sample = model(), rows()
     stack = find_stack(network)
-    before = baselines.relative_gradient_norm(network, stack, sample)
     absolute = baselines.gradient_norm(network, stack, sample)
+    before = baselines.relative_gradient_norm(stack, absolute)
     weights = [
         float(torch.cat([p.detach().flatten() for p in layer.parameters()]).norm()) for layer in network.model.layers
     ]
@@ -257,6 +257,15 @@ def test_salf_s_reading_is_the_run_s_own_where_its_policy_is() -> None:
     choices = compare(model(), rule=Rule("peak_gain", 0.95, 1.0, 1))
     assert choices[0].method == "transition" and choices[0].weight is not None
     assert choices[0].first_trainable == min(int(np.argmax(choices[0].weight)) + 1, L - 1)
+
+
+def test_one_backward_pass_over_each_row_serves_both_gradient_signals() -> None:
+    network, passes = model(), []
+    network.model.layers[0].register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    choices = {choice.method: choice for choice in compare(network)}
+    assert passes.count(True) == len(rows())
+    absolute, relative = choices["gradient norm"], choices["relative gradient norm"]
+    assert absolute.seconds is not None and relative.seconds is not None and relative.seconds >= absolute.seconds > 0
 
 
 def test_the_run_s_own_row_is_what_a_run_would_choose() -> None:

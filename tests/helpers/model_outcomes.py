@@ -145,7 +145,7 @@ def check_step(case: Case, model: PreTrainedModel, *, adapter: str | None) -> st
         stack,
         first_trainable=CUT,
         adapter=adapter,
-        train_head=resolve_train_head("auto", tied=stack.tied),
+        train_norm_and_head=resolve_train_head("auto", tied=stack.tied),
     )
     check_trainable(whole, expected=expected)
     below = [n for n, _ in whole.named_parameters() for i in range(CUT) if f"{stack.layers_name}.{i}." in n]

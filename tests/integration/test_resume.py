@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import axolotl_layersel._startup  # noqa: F401  # the alias, where the package is not installed
 from axolotl_layersel.integration.decide import decide
 from axolotl_layersel.integration.processes import Processes
+from axolotl_layersel.integration.run_settings import settings_of
 from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
 
 pytestmark = pytest.mark.slow
@@ -45,7 +46,7 @@ def _decide(folder: Path, inputs: dict[str, Path], **overrides: Any) -> Plan:
     options = {**UNINTERRUPTED, "auto_resume_from_checkpoints": True, **overrides}
     cfg = load_cfg(str(write_config(folder, **inputs, **options)))
     model = AutoModelForCausalLM.from_pretrained(inputs["model"])
-    return decide(cfg, model, None, processes=Processes())
+    return decide(settings_of(cfg), model, None, processes=Processes())
 
 
 def test_every_checkpoint_holds_the_plan_of_its_run(output: Path) -> None:
