@@ -15,7 +15,6 @@ from axolotl_layersel.plan import Plan, Prediction
 UNITS = {"cosine": "1 - cosine", "logit_lens": "logit lens (nats)"}
 BAND_95 = 1.96  # standard errors
 TALLEST = 3.0  # in a chart of shares, a bar that exceeds the next one by this factor is cut off and labelled
-UNSTABLE = 0.5  # a cut that fewer of the resamples choose is called unstable
 SALF = (
     "Gu, Aleti, Chen, Zhang. A Semantic-Aware Layer-Freezing Approach to Computation-Efficient Fine-Tuning of "
     "Language Models. Findings of ACL 2025. arXiv:2406.11753"
@@ -119,8 +118,7 @@ def _cut(plan: Plan) -> str:
     own = resampled.pop(k, 0.0)
     rivals = sorted(resampled.items(), key=lambda c: (-c[1], c[0]))[:2]
     others = " (" + ", ".join(f"{share:.2f} choose {cut}" for cut, share in rivals) + ")" if rivals else ""
-    unstable = " Unstable: score more rows (num_samples)." if own < UNSTABLE else ""
-    return f"{text}. {own:.2f} of the resamples choose it{others}.{unstable}"
+    return f"{text}. {own:.2f} of the resamples choose it{others}."
 
 
 def _trained(plan: Plan) -> str:
