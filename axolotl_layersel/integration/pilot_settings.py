@@ -26,8 +26,8 @@ def pilot_settings(settings: RunSettings, sample: Sample, dataset: Any, *, world
     if settings.rl:
         if options.pilot is True:
             raise ValueError(
-                f"`pilot: true` with `rl: {settings.rl}`: a pilot trains on next tokens, not with the loss of this run; set "
-                "`pilot: auto`, which goes on with the forward pass alone"
+                f"`pilot: true` with `rl: {settings.rl}`: a pilot trains on next tokens, not with this run's loss; "
+                "set `pilot: auto`, which goes on with the forward pass alone"
             )
         return None
     return PilotSettings(
