@@ -109,7 +109,7 @@ def settings_of(cfg: Any) -> RunSettings:
         packs=bool(cfg.sample_packing),
         max_steps=cfg.max_steps if cfg.max_steps and cfg.max_steps > 0 else None,
         epochs=float(cfg.num_epochs or 1),
-        learning_rate=float(cfg.learning_rate),
+        learning_rate=float(cfg.learning_rate or 0.0),
         checkpointing=bool(cfg.gradient_checkpointing),
         # A compiled layer's frame may be used for another layer, without the boundary hook.
         reentrant=bool(cfg.gradient_checkpointing and kwargs.get("use_reentrant") and not cfg.torch_compile),
