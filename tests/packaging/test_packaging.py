@@ -258,7 +258,10 @@ def test_a_plugin_that_cannot_be_imported_stops_the_run_under_every_spelling(ans
     """Without the alias axolotl 0.19 would print the ImportError and train every layer without the plugin."""
     for name in SPELLINGS:
         answer = answers["broken"][name]
-        assert answer.startswith(f"RuntimeError: the plugin {name!r} in `plugins:` cannot be imported: ")
+        given = {name, name.replace(":", ".")}  # axolotl 0.21 writes it with a dot before it asks
+        assert answer.startswith(
+            tuple(f"RuntimeError: the plugin {n!r} in `plugins:` cannot be imported: " for n in given)
+        )
         assert "import of axolotl_layersel.integration.plugin halted" in answer
         assert answer.endswith("the full name of the plugin is 'axolotl_layersel.LayerSelPlugin'")
 
