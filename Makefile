@@ -1,15 +1,15 @@
 # Every target sets up what it needs: a virtual environment in .venv with this package, installed editable.
 #
-#   make test PYTHON=python3.12             another interpreter (3.10 to 3.13, or its path), in .venv-3.12
+#   make test PYTHON=python3.12             another interpreter (3.10 to 3.12, or its path), in .venv-3.12
 #   make demo TORCH=torch==2.12.0           another torch
 #   make demo PIP_ARGS="--index-url ..."    where pip looks, for example an index with CPU builds of torch
 #   make demo MODEL=/path/to/folder         a Llama-like model of your own; nothing is downloaded but the environment
 #
 # The interpreter decides which axolotl pip finds: 0.19 on Python 3.10 and 3.11, the newest from 3.12 on.
 
-IN_RANGE  = -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null
+IN_RANGE  = -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null
 CHOSEN   := $(filter command environment,$(word 1,$(origin PYTHON)))
-PYTHON   ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; do \
+PYTHON   ?= $(shell for p in python3 python3.11 python3.12 python3.10; do \
               $$p $(IN_RANGE) && echo $$p && break; done)
 # pyenv's python3.12 fails unless a 3.12 is active, so the newest that it has is asked for.
 WHERE     = -c 'import sys; print(sys.executable)' 2>/dev/null
@@ -52,7 +52,7 @@ help: ## show this list
 setup: $(VENV)/.installed ## create .venv and install the package with its test tools
 
 $(VENV)/.installed: pyproject.toml
-	@$(or $(FOUND),false) $(IN_RANGE) || { echo "PYTHON is '$(PYTHON)'; allowed is Python 3.10 to 3.13 that runs here:" \
+	@$(or $(FOUND),false) $(IN_RANGE) || { echo "PYTHON is '$(PYTHON)'; allowed is Python 3.10 to 3.12 that runs here:" \
 	    "name one, make PYTHON=/path/to/python" >&2; exit 1; }
 	test -x $(PY) || $(FOUND) -m venv $(VENV)
 	$(PY) -m pip install --quiet $(PIP_ARGS) $(TORCH)

@@ -116,7 +116,7 @@ def test_wheel_holds_the_package_the_alias_the_licence_and_nothing_else(wheel: P
     assert names - packaged == {ALIAS} | about_it
     assert alias == (ROOT / "axolotl_layersel" / ALIAS).read_text()
     assert "License-Expression: Apache-2.0" in about
-    assert "Requires-Python: <3.14,>=3.10" in about
+    assert "Requires-Python: <3.13,>=3.10" in about
     assert "[axolotl.cli_commands]\nlayersel = axolotl_layersel.cli:main" in entry_points
 
 
