@@ -29,7 +29,7 @@ def script_data(plan: Plan) -> dict[str, Any]:
     return {
         "first": plan.first_trainable,
         "curves": curves,
-        "amounts": {name: [_amount(plan, name, value) for value in values] for name, values in curves.items()},
+        "amounts": {name: [_amount(plan, name, cut) for cut in cuts] for name in curves},
         "ratios": {name: [f"{value:.2f}" for value in values] for name, values in curves.items()},
         "sentences": [_sentence(plan, curves, cut) for cut in cuts],
     }
@@ -42,7 +42,7 @@ def explorer(plan: Plan) -> str:
     tiles = "".join(
         f'<li class="tile" data-curve="{name}"><small>{TILES[name][1]}</small><b>{values[k]:.2f}</b>'
         f"{bar(values[k], of=1.0, name=TILES[name][0])}"
-        f'<small class="amount">{_amount(plan, name, values[k])}</small></li>'
+        f'<small class="amount">{_amount(plan, name, k)}</small></li>'
         for name, values in curves.items()
     )
     return (
@@ -93,13 +93,15 @@ def _sentence(plan: Plan, curves: dict[str, list[float]], cut: int) -> str:
     return f"Cut at {cut}: {', '.join(parts)}."
 
 
-def _amount(plan: Plan, name: str, ratio: float) -> str:
-    """A ratio as an amount, such as 1.2 GiB or 4.1 M, or nothing."""
-    whole = every_layer(plan, name) if name in SCALES else None
-    if whole is None:
+def _amount(plan: Plan, name: str, cut: int) -> str:
+    """A ratio as an amount, such as 1.2 GiB or 4.1 M; the band of the retention; or nothing."""
+    if name == "retention" and plan.scores and plan.scores.retention_low and plan.scores.retention_high:
+        return f"{plan.scores.retention_low[cut]:.2f} to {plan.scores.retention_high[cut]:.2f}"
+    whole, ratios = every_layer(plan, name) if name in SCALES else None, per_cut(plan, name)
+    if whole is None or ratios is None:
         return ""
     base, units = SCALES[name]
-    amount = whole * ratio
+    amount = whole * ratios[cut]
     power = max(0, min(len(units) - 1, math.floor(math.log(amount, base) + 1e-9))) if amount > 0 else 0
     return f"{amount / base**power:.1f} {units[power]}".strip()
 

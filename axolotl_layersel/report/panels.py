@@ -189,15 +189,14 @@ def _trade(axes: Axes, plan: Plan) -> str:
                 [k], [values[k]], "o", color=COLOURS[colour], markersize=9, markeredgecolor=COLOURS["page"], zorder=5,
                 gid=f"point-{name}",
             )  # fmt: skip
-    if plan.scores and plan.scores.retention_low and plan.scores.retention_high:
-        axes.fill_between(
-            cuts, plan.scores.retention_low, plan.scores.retention_high, color=COLOURS["trained"], alpha=0.15,
-            linewidth=0, zorder=1, label="its 90 % band",
-        )  # fmt: skip
+    banded = plan.scores and plan.scores.retention_low and plan.scores.retention_high
+    if plan.scores and banded:
+        low, high = plan.scores.retention_low, plan.scores.retention_high
+        axes.fill_between(cuts, low, high, color=COLOURS["trained"], alpha=0.22, linewidth=0, zorder=1)  # type: ignore[arg-type]
     axes.set_ylim(0, 1.05)
     title = "What every cut keeps and costs" if plan.scores else "What every cut costs"
     axes.set_title(title, pad=26)
-    axes.set_xlabel("first trainable layer")
+    axes.set_xlabel(f"first trainable layer{' (band: 90 %)' if banded else ''}")
     axes.set_ylabel("of training all layers")
     _legend(axes)
     return f"{title}, as ratios to training all layers."

@@ -75,7 +75,7 @@ def test_any_depth(tmp_path: Path, num_layers: int, panels: dict[str, Axes], rec
 
 
 def test_the_panels_show_the_plan(tmp_path: Path, panels: dict[str, Axes]) -> None:
-    plan = scored_plan(num_layers=30)
+    plan = scored_plan(num_layers=30, first_trainable=6, scores={"descent": [0.02] * 29 + [0.42]})
     assert plan.scores and plan.prediction
     scores = plan.scores
     draw(plan, tmp_path)
