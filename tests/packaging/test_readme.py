@@ -79,3 +79,11 @@ def test_every_command_of_ours_named_exists() -> None:
 
     named = set(re.findall(r"axolotl layersel (\w+)", README))
     assert named == set(main.commands)
+
+
+def test_every_relative_link_of_a_readme_leads_to_a_file() -> None:
+    here = [p for p in ROOT.rglob("README.md") if not {".venv", "work"} & set(p.relative_to(ROOT).parts)]
+    readmes = [path for path in here if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+    links = [(path, link) for path in readmes for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text("utf-8"))]
+    assert len(links) >= 20
+    assert [(str(path), link) for path, link in links if not (path.parent / link).exists()] == []
