@@ -128,7 +128,7 @@ class CacheRun:
                 store,
                 first_trainable=k,
                 where={sample.key: sample.where for sample in samples},
-                tolerance=tolerance,
+                tolerance=tolerance + store.storage_error,
                 trainer=self.trainer,
                 offload=self.options.offload_prefix,
                 folder=self.settings.cache_folder,

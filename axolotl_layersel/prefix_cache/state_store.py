@@ -37,6 +37,14 @@ class StateStore(ABC):
         """What one token takes."""
         return self.width + 4 if self.stored_as == "int8" else self.width * self.dtype.itemsize
 
+    @property
+    def storage_error(self) -> float:
+        """The largest relative error of a token's state that eight bits give: one entry holds all of its norm.
+
+        Steps of max / 127, errors uniform within half of one: max / (127 sqrt(12)) for each of D entries.
+        """
+        return (self.width / 12) ** 0.5 / 127 if self.stored_as == "int8" else 0.0
+
     @abstractmethod
     def __contains__(self, key: Key) -> bool:
         """Whether the sample's states are here."""
