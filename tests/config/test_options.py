@@ -54,7 +54,7 @@ def test_a_budget_keeps_its_type_because_it_means_something() -> None:
 
 def test_the_pipeline_called_directly_has_the_same_defaults() -> None:
     defaults = {p.name: p.default for p in inspect.signature(score_layers).parameters.values()}
-    shared = set(defaults) & set(LayerSelOptions.model_fields)
+    shared = set(defaults) & set(LayerSelOptions.model_fields) - {"pilot"}  # there: what it needs to know of the run
     assert shared == {"deviation", "policy", "coverage", "budget", "min_layers"}
     for name in shared:
         assert defaults[name] == LayerSelOptions.model_fields[name].default
