@@ -47,9 +47,7 @@ def progress(rows: int, *, enabled: bool = True) -> Iterator[Callable[[int, int]
         mininterval=0.1 if terminal else SECONDS_BETWEEN_LINES,
         miniters=1,  # else tqdm's own monitor repeats lines
         dynamic_ncols=terminal,
-        bar_format=None
-        if terminal
-        else "{desc}: {n_fmt}/{total_fmt} rows, {elapsed} passed, {remaining} left{postfix}",
+        bar_format=None if terminal else LINE,
     ) as bar:
 
         def advance(rows: int, tokens: int) -> None:

@@ -214,7 +214,7 @@ def test_score_writes_plan_and_recipe_and_prints_the_path_alone(spoken: dict[str
     path = spoken["folder"] / "good" / "out" / "layersel" / "plan.json"
     assert (out, status) == (f"{path}\n", 0), log[-3000:]
     assert path.with_name("recipe.yml").exists()
-    assert "layersel: scored 4 rows" in log
+    assert "layersel: scoring layers: 4/4 rows" in log
 
 
 @pytest.mark.slow
