@@ -179,12 +179,13 @@ def test_axolotl_trains_a_given_cut_on_a_model_that_fsdp2_shards(
     options["plugins"] = ["axolotl_test_plugins.CpuShards", *options["plugins"]]
     run = train(write_config(tmp_path, **run_inputs, **options), launcher="torchrun", processes=2).check()
     assert run.log.count("test: 7 units are sharded, ['FSDPLlamaForCausalLM', 'FSDPModule']") == 2
-    assert run.log.count("proved in the first step: the backward pass stops at layer 3") == 2
+    cut = plan_of(tmp_path / "out")["first_trainable"]
+    assert run.log.count(f"proved in the first step: the backward pass stops at layer {cut}") == 2
     assert plan_of(tmp_path / "out" / "checkpoint-2") == plan_of(tmp_path / "out")
     before = load_file(run_inputs["model"] / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
-    trained = tuple(f"model.layers.{layer}." for layer in (3, 4, 5))
+    trained = tuple(f"model.layers.{layer}." for layer in range(cut, 6))
     assert changed == {name for name in before if name.startswith((*trained, "model.norm", "lm_head"))}
 
 
@@ -206,7 +207,10 @@ def test_two_machines_without_a_shared_folder_train_with_one_plan(tmp_path: Path
         command = [str(BIN / "torchrun"), *nodes, f"--node-rank={rank}", "-m", "axolotl.cli.train", str(config)]
         node = tmp_path / f"node {rank}"
         launched.append(start(command, node / "log", env={"ACCELERATE_USE_CPU": "true"}))
-    for run in [run.finish(timeout=240) for run in launched]:
-        assert run.check().log.count("proved in the first step: the backward pass stops at layer 3") == 1
+    logs = [run.finish(timeout=240).check().log for run in launched]
+    cut = plan_of(tmp_path / "node 0" / "out")["first_trainable"]
+    assert cut > 0
+    for log in logs:
+        assert log.count(f"proved in the first step: the backward pass stops at layer {cut}") == 1
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("plan.json"))
     assert written == ["node 0/out/checkpoint-2/layersel/plan.json", "node 0/out/layersel/plan.json"]

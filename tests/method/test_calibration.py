@@ -167,7 +167,7 @@ def test_batching_and_order_do_not_change_scores(batch_tokens: int) -> None:
     for given in (rows, rows[::-1]):
         other = score(given, batch_tokens=batch_tokens)
         np.testing.assert_allclose(other.deviation, reference.deviation, atol=1e-5)
-        np.testing.assert_allclose(other.weight, reference.weight, atol=1e-5)
+        np.testing.assert_allclose(other.descent, reference.descent, atol=1e-5)
         assert other.first_trainable == reference.first_trainable and other.tokens == reference.tokens
 
 
