@@ -288,8 +288,11 @@ def _found(
     exponent = fit_exponent(s_L[places], kept)
     resampled = [fit_exponent(s_L[places], row) for row in kept_B]
     noise = math.exp(1.645 * float(np.std(np.log(resampled))))
+    # Where one point contradicts the curve through all, the band reaches it: its lower end makes the promise.
+    alone = [fit_exponent(s_L[[place]], kept[[at]]) for at, place in enumerate(places)]
+    apart = max(max(one / exponent, exponent / one) for one in alone)
     return Piloted(
-        exponent=Exponent(exponent / SHORTER, combined(PILOT_FACTOR, noise)),
+        exponent=Exponent(exponent / SHORTER, max(combined(PILOT_FACTOR, noise), apart)),
         result=Pilot(
             steps=size.steps,
             rows_per_step=size.rows_per_step,

@@ -23,6 +23,9 @@ from axolotl_layersel.method.pilot import (
     MOST_EPOCHS,
     Piloted,
     PilotSettings,
+    Size,
+    _Arm,
+    _found,
     fit_exponent,
     pilot_cuts,
     pilot_size,
@@ -259,3 +262,26 @@ def test_memory_that_runs_out_starts_the_pilot_again_with_smaller_batches() -> N
     finally:
         hook.remove()
     assert told[0] == "out of memory; the pilot starts again with 60 tokens at a time"
+
+
+def test_a_point_that_contradicts_the_curve_widens_the_band_to_it() -> None:
+    """Half of the layers got worse in their pilot: a curve through the other point alone must not promise them much."""
+    layers = 12
+    share_L = np.full(layers, 1 / layers)
+    rows = np.ones(16)
+    size = Size(steps=15, rows_per_step=8, cost=1.0)
+
+    def band(half: float) -> float:
+        arms = [
+            _Arm(12, 0.0, 4 * rows),
+            _Arm(10, 1e-3, 3.5 * rows),
+            _Arm(6, 1e-3, half * rows),
+            _Arm(0, 1e-3, 3 * rows),
+        ]
+        found = _found(
+            arms, share_L=share_L, scored=16, size=size, rows=48, run_tokens=1e3, seed=0, seconds=0.0
+        ).exponent
+        return float(gains.still_to_do(share_L)[6] ** (found.high))
+
+    consistent, contradicted = band(3.25), band(4.1)
+    assert consistent > 0.5 > 0.05 > contradicted
