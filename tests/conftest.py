@@ -14,14 +14,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import without_fla  # noqa: E402, F401
 
-UNINTERRUPTED = {
-    "plugins": ["axolotl_test_plugins.FixedSeed", "layersel"],
-    "layersel": {"num_samples": 13},
-    "max_steps": 8,
-    "save_strategy": "steps",
-    "save_steps": 2,
-}
-
 
 @pytest.fixture(scope="session")
 def run_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -35,7 +27,7 @@ def run_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, run_inputs: dict[str, Path]) -> Path:
     """The output folder of a run that nothing disturbed: 13 calibration rows, eight steps, a checkpoint every two."""
-    from axolotl_runs import train, write_config
+    from axolotl_runs import UNINTERRUPTED, train, write_config
 
     folder = tmp_path_factory.mktemp("uninterrupted")
     train(write_config(folder, **run_inputs, **UNINTERRUPTED)).check()

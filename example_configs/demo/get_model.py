@@ -55,11 +55,15 @@ def convert(gguf: Path, folder: Path) -> None:
     alone it takes the token that opens a turn for the one that ends it.
     """
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    unpack = {}
+    if hasattr(transformers, "GgufConfig"):  # newer ones leave weights in their blocks unless they are told
+        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpack)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for name in ("bos", "eos", "pad"):
         setattr(tokenizer, f"{name}_token_id", getattr(model.config, f"{name}_token_id"))

@@ -27,6 +27,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 VOCABULARY = 320  # the 256 bytes, three special tokens, and a few merges
 SEQUENCE_LEN = 160
+# Options of the run that the fixture `uninterrupted` keeps: 13 calibration rows, a checkpoint every two of eight steps.
+UNINTERRUPTED = {
+    "plugins": ["axolotl_test_plugins.FixedSeed", "layersel"],
+    "layersel": {"num_samples": 13},
+    "max_steps": 8,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
 HELPERS = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent  # accelerate, axolotl and torchrun of this very environment
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from axolotl.utils.dict import DictDefault
 from axolotl_runs import (
+    UNINTERRUPTED,
     Finished,
     environment,
     logged_losses,
@@ -28,7 +29,6 @@ from axolotl_runs import (
     train_command,
     write_config,
 )
-from conftest import UNINTERRUPTED
 from plans import scored_plan
 
 from axolotl_layersel.integration import decide as runs

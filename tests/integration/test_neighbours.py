@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axolotl_runs import Finished, start, write_config
-from conftest import UNINTERRUPTED
+from axolotl_runs import UNINTERRUPTED, Finished, start, write_config
 
 pytestmark = pytest.mark.slow
 

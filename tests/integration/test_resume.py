@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
-from axolotl_runs import write_config
-from conftest import UNINTERRUPTED
+from axolotl_runs import UNINTERRUPTED, write_config
 from transformers import AutoModelForCausalLM
 
 import axolotl_layersel._startup  # noqa: F401  # the alias, where the package is not installed
