@@ -93,11 +93,11 @@ def _without(plan: dict[str, Any], *names: str) -> dict[str, Any]:
 def test_an_interrupted_scoring_ends_at_once_and_leaves_nothing(battered: dict[str, Any]) -> None:
     assert "KeyboardInterrupt" in battered["interrupted"].log
     assert battered["interrupted"].returncode != 0
-    assert battered["left by interrupted"] == [LOCK_FILE]
+    assert set(battered["left by interrupted"]) <= {LOCK_FILE}  # newer versions of filelock remove it
 
 
 def test_a_killed_scoring_leaves_nothing_that_could_be_read(battered: dict[str, Any]) -> None:
-    assert battered["left by killed"] == [LOCK_FILE]
+    assert set(battered["left by killed"]) <= {LOCK_FILE}
 
 
 def test_after_all_this_the_plan_is_that_of_an_undisturbed_run(battered: dict[str, Any], uninterrupted: Path) -> None:
