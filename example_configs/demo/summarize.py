@@ -102,6 +102,7 @@ def step_seconds(model: Any, tokenizer: Any, rows: list[Messages], plan: Plan, o
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(1 + TURNS):  # the first of each warms up
         for kind, run in kinds.items():
+            decoder.layers = layers  # whole, or layers that are left out keep the adapter of the kind before
             adapted.set_adapter("every" if kind == "every" else "chosen")
             decoder.layers = run
             started = time.perf_counter()
