@@ -6,7 +6,7 @@ import torch
 
 from axolotl_layersel.cost.cut_cost import CutCost, Mode, StepShape, cut_costs
 from axolotl_layersel.model.decoder_stack import DecoderStack
-from axolotl_layersel.plan import CostOfCuts, Prediction, StepAmounts
+from axolotl_layersel.plan_parts import CostOfCuts, Prediction, StepAmounts
 
 RATIOS = ("forward", "backward", "step", "saved_activation_bytes", "trainable_parameters")
 

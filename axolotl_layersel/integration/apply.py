@@ -19,7 +19,8 @@ from axolotl_layersel.integration.runnable_model import evaluating
 from axolotl_layersel.method.pilot import rate_ratio
 from axolotl_layersel.model.adapted_modules import adapted_modules
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
-from axolotl_layersel.plan import Plan, PlanError, Prediction, read_plan, write_text
+from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
+from axolotl_layersel.plan_parts import Prediction
 from axolotl_layersel.report.page import write_report
 from axolotl_layersel.report.recipe import RECIPE_FILE, recipe_text
 from axolotl_layersel.report.table import print_plan

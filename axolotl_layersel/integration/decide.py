@@ -28,7 +28,8 @@ from axolotl_layersel.integration.runnable_model import check_whole, place, read
 from axolotl_layersel.method.calibration import Sample, draw_rows
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
-from axolotl_layersel.plan import Plan, PlanError, ScoredSample, read_plan
+from axolotl_layersel.plan import Plan, PlanError, read_plan
+from axolotl_layersel.plan_parts import ScoredSample
 from axolotl_layersel.report.progress import progress
 
 LOG = get_logger("axolotl.integrations.layersel")

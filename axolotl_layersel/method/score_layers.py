@@ -32,7 +32,7 @@ from axolotl_layersel.method.scoring_pass import Progress, measure
 from axolotl_layersel.method.transition import RowStatistics
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.latent_states import left_as_found
-from axolotl_layersel.plan import Scores
+from axolotl_layersel.plan_parts import Scores
 
 Array = NDArray[np.float64]
 Together = Callable[[Callable[[], RowStatistics]], list[RowStatistics]]  # do it everywhere, get everybody's result

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from axolotl_layersel.plan import Plan, Prediction
+from axolotl_layersel.plan import Plan
+from axolotl_layersel.plan_parts import Prediction
 
 UNITS = {"cosine": "1 - cosine", "logit_lens": "logit lens (nats)"}
 BAND_95 = 1.96  # standard errors

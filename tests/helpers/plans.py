@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from axolotl_layersel.method import gain as gains
-from axolotl_layersel.plan import CostOfCuts, Plan, Prediction, ScoredSample, Scores, StepAmounts
+from axolotl_layersel.plan import Plan
+from axolotl_layersel.plan_parts import CostOfCuts, Prediction, ScoredSample, Scores, StepAmounts
 
 
 def scored_plan(

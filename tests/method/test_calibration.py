@@ -23,7 +23,7 @@ from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel
 from axolotl_layersel.method.calibration import CalibrationError, Row, Sample, draw_rows
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.method.scoring_pass import ScoringError
-from axolotl_layersel.plan import Scores
+from axolotl_layersel.plan_parts import Scores
 
 IGNORED = -100
 LLAMA = next(case for case in CASES if case.name == "Llama")

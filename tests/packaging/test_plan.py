@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from plans import prediction, sample
 
-from axolotl_layersel.plan import Plan, PlanError, Scores, read_plan, write_text
+from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
+from axolotl_layersel.plan_parts import Scores
 
 PLAN = Plan(
     base_model="org/model",

@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import given_plan, prediction, scored_plan
 
-from axolotl_layersel.plan import Plan, ScoredSample
+from axolotl_layersel.plan import Plan
+from axolotl_layersel.plan_parts import ScoredSample
 from axolotl_layersel.report.inline_svg import inline_charts
 from axolotl_layersel.report.page import _json, render, write_report
 

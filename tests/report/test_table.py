@@ -11,7 +11,8 @@ import pytest
 from plans import given_plan, prediction, sample, scored_plan
 from rich.console import Console
 
-from axolotl_layersel.plan import Plan, Scores
+from axolotl_layersel.plan import Plan
+from axolotl_layersel.plan_parts import Scores
 from axolotl_layersel.report.model_card import add_to_model_card, model_card_section
 from axolotl_layersel.report.table import print_plan
 from axolotl_layersel.report.wording import (

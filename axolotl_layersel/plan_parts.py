@@ -1,0 +1,118 @@
+"""What a plan carries: scores, pilot, prediction and sample, as scoring and prediction make them.
+
+Plain values, checked by pydantic when a plan file is read (`plan.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # for a file that was edited by hand
+
+
+@dataclass(frozen=True)
+class PilotCut:
+    """One training of a pilot, at the best rate that it tried."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    first_trainable: int  # k: layers k..L-1 were trained
+    learning_rate: float
+    loss: float  # on the held-out rows afterwards, nats per token
+    retention: float  # share of the improvement of training all layers
+    retention_stderr: float  # over the held-out rows
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Short trainings on the calibration rows, from which the exponent of the retention comes."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    steps: int
+    rows_per_step: int
+    rows: int  # trained on
+    heldout_rows: int
+    base_loss: float  # on the held-out rows before training, nats per token
+    cuts: list[PilotCut]  # all layers first
+    exponent: float  # of the pilot's own retentions
+    cost_share: float  # of the run, as planned: tokens times trained layers
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What scoring found. Lists are by decoder layer (L) or latent state (L + 1), input side first."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    deviation: list[float]  # L + 1
+    deviation_stderr: list[float]  # L + 1, rows as the independent units
+    descent: list[float]  # L, >= 0, sum 1: each layer's share of the fall of the deviation
+    retention: list[float]  # L; entry k: predicted share of the improvement when layers k..L-1 are trained
+    stability: dict[int, float]  # cut -> share of the bootstrap resamples that choose it
+    row_cuts: dict[int, int]  # cut -> number of single rows that would choose it
+    tokens: int  # scored tokens
+    loss: float | None = None  # cross-entropy before training, nats per token; no logit scale, no soft-cap
+    retention_low: list[float] | None = None  # L; lower end of a 90 % band around the retention; what coverage asks
+    retention_high: list[float] | None = None  # L; upper end
+    gain_source: Literal["forward", "pilot"] = "forward"  # where the exponent of the retention comes from
+    exponent: float | None = None  # retention(k) = (sum of descent over i >= k) ** exponent
+    pilot: Pilot | None = None
+
+
+@dataclass(frozen=True)
+class CostOfCuts:
+    """Ratios to training every layer in the same mode, for every cut k = 0..L-1."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    forward: list[float]  # FLOPs
+    backward: list[float]  # FLOPs
+    step: list[float]  # FLOPs
+    saved_activation_bytes: list[float]
+    trainable_parameters: list[float]
+    frozen_forward: list[float] | None = None  # FLOPs that a prefix cache saves in later epochs; None in older files
+
+
+@dataclass(frozen=True)
+class StepAmounts:
+    """What one micro batch of the run takes, with the plan's cut."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    rows: int
+    positions: int
+    forward_flops: float
+    backward_flops: float
+    all_layers_backward_flops: float  # when every layer is trained
+    saved_activation_bytes: float
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a training step will cost; ratios are to training every layer in the same mode."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    forward: float  # FLOPs
+    backward: float  # FLOPs
+    step: float  # FLOPs
+    saved_activation_bytes: float
+    trainable_parameters: float  # and of the optimizer state, which is proportional to them
+    head_share: float  # share of this cut's step that the unembedding takes, whatever the cut
+    floor: float  # step ratio that no cut can go below
+    gradient_checkpointing: bool
+    why: str | None  # why nothing below the cut is saved, or None
+    per_cut: CostOfCuts
+    absolute: StepAmounts
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """The rows that were scored."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    rows: int
+    seed: int
+    dataset_fingerprint: str
+    tokenizer_fingerprint: str
+    datasets: list[str]  # their paths or names
