@@ -16,7 +16,7 @@ from axolotl_layersel.cost.prediction import predict
 from axolotl_layersel.integration import axolotl_api
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.integration.runnable_model import evaluating
-from axolotl_layersel.method.pilot import rate_ratio
+from axolotl_layersel.method.pilot_size import rate_ratio
 from axolotl_layersel.model.adapted_modules import adapted_modules
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text

@@ -26,7 +26,8 @@ from axolotl_layersel.method import gain as gains
 from axolotl_layersel.method import selection
 from axolotl_layersel.method.calibration import Row
 from axolotl_layersel.method.exponent import Exponent, family_of, forward_exponent, unlike_the_known, widened
-from axolotl_layersel.method.pilot import Piloted, PilotSettings, run_pilot
+from axolotl_layersel.method.pilot import PilotSettings, run_pilot
+from axolotl_layersel.method.pilot_curve import Piloted
 from axolotl_layersel.method.pilot_training import PilotError
 from axolotl_layersel.method.scoring_pass import Progress, measure
 from axolotl_layersel.method.transition import RowStatistics

@@ -18,20 +18,9 @@ from axolotl_layersel.method import gain as gains
 from axolotl_layersel.method import pilot as pilots
 from axolotl_layersel.method.calibration import Row
 from axolotl_layersel.method.exponent import SHORTER
-from axolotl_layersel.method.pilot import (
-    LEAST_STEPS,
-    MOST_EPOCHS,
-    Piloted,
-    PilotSettings,
-    Size,
-    _Arm,
-    _found,
-    fit_exponent,
-    pilot_cuts,
-    pilot_size,
-    rate_ratio,
-    run_pilot,
-)
+from axolotl_layersel.method.pilot import PilotSettings, run_pilot
+from axolotl_layersel.method.pilot_curve import Arm, Piloted, curve_of, fit_exponent
+from axolotl_layersel.method.pilot_size import LEAST_STEPS, MOST_EPOCHS, Size, pilot_cuts, pilot_size, rate_ratio
 from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen, rate_at
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import find_stack
@@ -273,12 +262,12 @@ def test_a_point_that_contradicts_the_curve_widens_the_band_to_it() -> None:
 
     def band(half: float) -> float:
         arms = [
-            _Arm(12, 0.0, 4 * rows),
-            _Arm(10, 1e-3, 3.5 * rows),
-            _Arm(6, 1e-3, half * rows),
-            _Arm(0, 1e-3, 3 * rows),
+            Arm(12, 0.0, 4 * rows),
+            Arm(10, 1e-3, 3.5 * rows),
+            Arm(6, 1e-3, half * rows),
+            Arm(0, 1e-3, 3 * rows),
         ]
-        found = _found(
+        found = curve_of(
             arms, share_L=share_L, scored=16, size=size, rows=48, run_tokens=1e3, seed=0, seconds=0.0
         ).exponent
         return float(gains.still_to_do(share_L)[6] ** (found.high))
