@@ -48,8 +48,8 @@ def _rate_note(settings: RunSettings, plan: Plan) -> str:
     if settings.options.scale_learning_rate:
         return f"learning_rate {settings.learning_rate:g} is raised by {ratio:.2f} for this cut (scale_learning_rate)"
     return (
-        f"at such a cut the best learning rate rose by about {ratio:.2f} on tiny models, and hardly before the last "
-        "layers on SmolLM2-135M: try a higher one (`scale_learning_rate: true` raises yours), and keep the better"
+        f"at such a cut the best learning rate was about {ratio:.2f} times that of all layers, more on tiny models and "
+        "less on SmolLM2-135M: `scale_learning_rate: true` raises yours"
     )
 
 

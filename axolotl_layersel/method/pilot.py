@@ -4,9 +4,9 @@
     half of the layers                           the first point
     all layers                                   what both are shares of
 
-The best rate grows as fewer layers are trained, near to one over the square root of their share (`rate_ratio`), so that
-the search runs where it is cheapest. A pilot is shorter than the run it stands for, and a short training leans more
-on the layers below the cut: its exponent is `SHORTER` times the run's, as measured.
+The best rate grows a little as fewer layers are trained (`rate_ratio`), so the search runs where it is cheapest.
+A pilot is shorter than the run it stands for, and a short training leans more on the layers below the cut: its exponent
+is `SHORTER` times the run's, as measured.
 
 The pilot costs a given share of the run (`pilot_share`), in tokens times trained layers; where that does not pay for
 the smallest one, or the model cannot be piloted, the forward pass alone has to do, with a wider band (`exponent.py`).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 ROWS_PER_STEP = (8, 4)
@@ -22,12 +21,12 @@ class Size:
 
 
 def rate_ratio(first_trainable: int, num_layers: int) -> float:
-    """The best learning rate of layers k..L-1 over that of all layers: one over the square root of their share.
+    """The best learning rate of layers k..L-1 over that of all layers: one over the fourth root of their share.
 
-    Tuned rates of 18 pairs of model and task: 1.4 for half of the layers and 2.9 for the last one of 12 to 30,
-    geometric means, where this gives 1.4 and 3.5 to 5.5; it is for cuts that are worth choosing.
+    It stands between what was seen: 1.4 for half of the layers and 2.9 for the last one on tiny models (geometric means
+    of their tasks), 1 and 2 on SmolLM2-135M; this gives 1.2, and 1.9 to 2.3 for the last of 12 to 30.
     """
-    return math.sqrt(num_layers / (num_layers - first_trainable))
+    return float((num_layers / (num_layers - first_trainable)) ** 0.25)
 
 
 def pilot_cuts(num_layers: int) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def test_the_exponent_is_that_of_the_pilot_s_own_points_corrected_for_its_length
 
 def test_the_rate_grows_as_fewer_layers_are_trained(found: Piloted) -> None:
     every, half, sixth = (cut.learning_rate for cut in found.result.cuts)
-    assert half / every == pytest.approx(2**0.5) and sixth / every == pytest.approx(6**0.5)
+    assert half / every == pytest.approx(2**0.25) and sixth / every == pytest.approx(6**0.25)
     assert rate_ratio(0, 30) == 1.0
 
 
