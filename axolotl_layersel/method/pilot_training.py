@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from axolotl_layersel.method.calibration import IGNORED, Batch, Row, batches
 from axolotl_layersel.method.low_rank import low_rank_adapters
 from axolotl_layersel.model.decoder_stack import DecoderStack, unwrap
+from axolotl_layersel.model.replaced_forward import replaced_forward
 from axolotl_layersel.model.start_at_layer import starting_at, states_entering
 
 Array = NDArray[np.float64]
@@ -155,17 +156,8 @@ class Trainer:
     def _recomputing(self, cut: int) -> Iterator[None]:
         """Within the block the trained layers keep nothing for the backward pass but what they are given."""
         layers = [unwrap(layer) for layer in self.stack.layers[cut:]] if self.checkpointing else []
-        owns = [(layer, vars(layer).get("forward")) for layer in layers]
-        try:
-            for layer in layers:
-                vars(layer)["forward"] = partial(checkpoint, layer.forward, use_reentrant=False)
+        with replaced_forward(layers, lambda own: partial(checkpoint, own, use_reentrant=False)):
             yield
-        finally:
-            for layer, own in owns:
-                if own is None:
-                    del vars(layer)["forward"]
-                else:
-                    vars(layer)["forward"] = own
 
     def _loss_of_rows(self, batch: Batch) -> Tensor:
         """Summed cross-entropy of the model's own logits for each row, (B,) float32."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from axolotl_layersel.model.decoder_stack import DecoderStack, StackError, first_tensor, unwrap
+from axolotl_layersel.model.replaced_forward import replaced_forward
 
 
 class _Reached(Exception):
@@ -51,14 +52,5 @@ def starting_at(stack: DecoderStack, layer: int, states_BTD: Tensor, *, as_tuple
     def given(*_args: Any, **_kwargs: Any) -> Any:
         return (states_BTD, None) if as_tuple else states_BTD
 
-    below = [unwrap(module) for module in stack.layers[:layer]]
-    owns = [vars(module).get("forward") for module in below]
-    try:
-        for module in below:
-            vars(module)["forward"] = given
+    with replaced_forward([unwrap(module) for module in stack.layers[:layer]], lambda _own: given):
         yield
-    finally:
-        for module, own in zip(below, owns, strict=True):
-            vars(module).pop("forward", None)
-            if own is not None:
-                vars(module)["forward"] = own

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_layersel.model.decoder_stack import DecoderStack, first_tensor, unwrap
+from axolotl_layersel.model.replaced_forward import replaced_forward
 from axolotl_layersel.prefix_cache.state_store import PrefixCacheError
 
 
@@ -171,19 +172,12 @@ def only_the_prefix(stack: DecoderStack, *, first_trainable: int) -> Iterator[Ca
             raise PrefixCacheError(f"of the {len(layers)} layers above the cut {len(seen)} ran")
         return seen[-len(layers)]
 
-    owns = [(layer, vars(layer).get("forward")) for layer in layers]
     handle = unwrap(stack.layers[first_trainable - 1]).register_forward_hook(note_form)
     try:
-        for layer in layers:
-            vars(layer)["forward"] = pass_on
-        yield given_to_first
+        with replaced_forward(layers, lambda _own: pass_on):
+            yield given_to_first
     finally:
         handle.remove()
-        for layer, own in owns:
-            if own is None:
-                del vars(layer)["forward"]
-            else:
-                vars(layer)["forward"] = own
 
 
 @torch.no_grad()

@@ -61,10 +61,6 @@ class StateStore(ABC):
             KeyError: the sample is not here.
         """
 
-    @abstractmethod
-    def free_bytes(self) -> int:
-        """Room for more."""
-
     def flush(self) -> None:  # noqa: B027 - nothing to do for those that keep nothing back
         """Make everything that was added readable, here and for later runs."""
 
@@ -102,12 +98,6 @@ class MemoryStore(StateStore):
     def find(self, key: Key) -> tuple[Tensor, Tensor | None]:
         """As it was added."""
         return self._states[key]
-
-    def free_bytes(self) -> int:
-        """What the system could give this process now."""
-        import psutil  # type: ignore[import-untyped,unused-ignore]
-
-        return int(psutil.virtual_memory().available)
 
 
 def assemble(
