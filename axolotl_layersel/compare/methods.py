@@ -128,19 +128,25 @@ def compare_methods(
 def _ours(
     model: nn.Module, stack: DecoderStack, rows: Sequence[Row], *, batch_tokens: int, autocast: torch.dtype | None
 ) -> tuple[list[_Found], float]:
-    """One forward pass for each deviation; and the loss of the model."""
-    found, loss = [], 0.0
+    """One forward pass for each deviation, the transitions with the last one; and the loss of the model."""
+    found = []
     for deviation in DEVIATIONS:
         started = time.perf_counter()
         with left_as_found(model, autocast=autocast):
             statistics = measure(
-                model, stack, rows, range(len(rows)), deviation=deviation, batch_tokens=batch_tokens, transitions=True
+                model,
+                stack,
+                rows,
+                range(len(rows)),
+                deviation=deviation,
+                batch_tokens=batch_tokens,
+                transitions=deviation == DEVIATIONS[-1],
             )
         seconds = time.perf_counter() - started
         share_L = gains.descent(statistics.mean(statistics.deviation_RS))
         found.append(_Found(f"{deviation}, descent", "layersel", share_L, seconds))
-        loss = float(statistics.mean(statistics.loss_R[:, None])[0])
     gain_L = gains.transition_gain(statistics.mean(statistics.miss_RL))  # whatever the deviation
+    loss = float(statistics.mean(statistics.loss_R[:, None])[0])
     return [*found, _Found(TRANSITION, "SALF, as read here", gain_L, seconds)], loss
 
 

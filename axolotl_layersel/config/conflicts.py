@@ -20,7 +20,7 @@ _GIVE_CUT = "give the cut with `layersel: {first_layer: ...}` or `layersel: {pla
 
 def names_plugin(cfg: Mapping[str, Any]) -> bool:
     """Whether the config lists this plugin, under any spelling."""
-    return any(is_plugin(name) for name in _as_list(cfg.get("plugins")))
+    return any(is_plugin(name) for name in as_list(cfg.get("plugins")))
 
 
 def is_plugin(name: Any) -> bool:
@@ -49,7 +49,7 @@ def find_notes(cfg: Mapping[str, Any]) -> list[str]:
 def trains_embeddings(cfg: Mapping[str, Any]) -> str | None:
     """The config key that trains embedding rows with an adapter, so that every layer is back-propagated, or None."""
     for key in ("lora_modules_to_save", "lora_target_modules"):
-        values = _as_list(cfg.get(key))
+        values = as_list(cfg.get(key))
         if any(str(v).rpartition(".")[2] in _EMBEDDING_NAMES for v in values):
             return key
     return "peft_trainable_token_indices" if cfg.get("peft_trainable_token_indices") else None
@@ -71,7 +71,7 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield "`lisa_n_layers` re-draws the trained layers in every interval: remove the lisa keys or the plugin."
     if cfg.get("relora") or cfg.get("relora_steps") or cfg.get("jagged_restart_steps"):
         yield "ReLoRA merges and re-initialises adapters as it goes: remove `relora` or the plugin."
-    plugins = [str(name) for name in _as_list(cfg.get("plugins"))]
+    plugins = [str(name) for name in as_list(cfg.get("plugins"))]
     if any(name.startswith("axolotl.integrations.spectrum") for name in plugins):
         yield "the Spectrum plugin chooses layers as well: keep one of the two plugins."
     if cfg.get("diffusion_lm") or any(name.startswith("axolotl.integrations.diffusion") for name in plugins):
@@ -188,7 +188,8 @@ def _notes(cfg: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """The values of a key that takes one or several: none for None."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -127,10 +127,11 @@ def fill_cache(config: Path, overrides: Mapping[str, Any]) -> CacheFolder:
     """
     from axolotl.train import setup_model_and_trainer
 
-    options = (read_config(config).get("layersel") or {}) | {
-        key.removeprefix("layersel__"): value for key, value in overrides.items() if key.startswith("layersel__")
-    }
-    changes = {} if options.get("prefix_cache") == "disk" else {"layersel__prefix_cache": "disk"}
+    changes = (
+        {}
+        if _block(read_config(config), overrides).get("prefix_cache") == "disk"
+        else {"layersel__prefix_cache": "disk"}
+    )
     cfg = _load(config, {**overrides, **changes}, keep_cut=True)
     manager = PluginManager.get_instance()
     meta = manager.load_datasets(cfg, preprocess=False)
@@ -148,12 +149,16 @@ def find_caches(config: Path, overrides: Mapping[str, Any], *, remove: bool = Fa
     """The caches that runs with this config look into, and with `remove` their end; loads nothing but the config."""
     written = read_config(config)
     values = {**written, **{key: value for key, value in overrides.items() if "__" not in key}}
-    block = dict(values.get("layersel") or {})
-    block |= {k.removeprefix("layersel__"): v for k, v in overrides.items() if k.startswith("layersel__")}
-    found = list_caches(cache_folder({**values, "layersel": block}))
+    found = list_caches(cache_folder({**values, "layersel": _block(values, overrides)}))
     for cache in found if remove else []:
         clear_cache(cache)
     return found
+
+
+def _block(written: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The `layersel:` block as the overrides make it."""
+    changed = {k.removeprefix("layersel__"): v for k, v in overrides.items() if k.startswith("layersel__")}
+    return {**(written.get("layersel") or {}), **changed}
 
 
 def _load(config: Path, overrides: Mapping[str, Any], *, keep_cut: bool = False) -> Any:

@@ -168,12 +168,13 @@ def _train_arms(trainer: Trainer, size: Size, *, seed: int, say: Callable[[str],
     scored = sum(trainer.rows[row].scored for row in trainer.heldout)
 
     def arm(cut: int, rate: float) -> Arm:
-        losses = trainer.trained(cut, learning_rate=rate * rate_ratio(cut, layers), steps=size.steps, seed=seed)
+        own_rate = rate * rate_ratio(cut, layers)
+        losses = trainer.trained(cut, learning_rate=own_rate, steps=size.steps, seed=seed)
         say(
-            f"pilot, layers {cut} to {layers - 1} at rate {rate * rate_ratio(cut, layers):.2g}: "
+            f"pilot, layers {cut} to {layers - 1} at rate {own_rate:.2g}: "
             f"{base.losses_H.sum() / scored:.3f} to {losses.sum() / scored:.3f} nats"
         )
-        return Arm(cut, rate * rate_ratio(cut, layers), losses)
+        return Arm(cut, own_rate, losses)
 
     tried: dict[float, Arm] = {rate: arm(sixth, rate) for rate in (FIRST_RATE, FIRST_RATE * RATE_STEP)}
     best = min(tried, key=lambda rate: tried[rate].losses_H.sum())

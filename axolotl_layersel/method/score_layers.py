@@ -128,24 +128,27 @@ def score_layers(
     unlike = unlike_the_known(loss=loss, **about)
     exponent = forward_exponent(loss, **about) if isinstance(found, str) else widened(found.exponent, unlike)
 
-    def choose(counts_R: Array | None = None) -> int:
-        """The cut of all rows, or of rows that count as often as is said."""
-        counted = None if counts_R is None else counts_R[None]
-        miss_L = np.atleast_2d(statistics.mean(statistics.miss_RL, counted))[0]
-        deviation_S = np.atleast_2d(statistics.mean(statistics.deviation_RS, counted))[0]
+    def select(low_L: Array, gain_L: Array) -> int:
         return selection.select_cut(
             policy=policy,
-            retention_L=gains.retention(gains.descent(deviation_S), exponent=exponent.high),
-            gain_L=gains.transition_gain(miss_L) if policy == "peak_gain" else None,
+            retention_L=low_L,
+            gain_L=gain_L,
             coverage=coverage,
             budget=budget,
             min_layers=min_layers,
         )
 
+    def cuts(counts_BR: Array) -> list[int]:
+        """The cut of each resample, where rows count as often as is said."""
+        share_BL = gains.descent(statistics.mean(statistics.deviation_RS, counts_BR))
+        low_BL = gains.retention(share_BL, exponent=exponent.high)
+        gain_BL = gains.transition_gain(statistics.mean(statistics.miss_RL, counts_BR))
+        return [select(low_L, gain_L) for low_L, gain_L in zip(low_BL, gain_BL, strict=True)]
+
     num_rows = len(statistics.rows_R)
-    resampled = [choose(counts_R) for counts_R in selection.bootstrap_counts(num_rows, seed=seed)]
-    cut = choose()
+    resampled = cuts(selection.bootstrap_counts(num_rows, seed=seed))
     low_L = gains.retention(share_L, exponent=exponent.high)
+    cut = select(low_L, gains.transition_gain(statistics.mean(statistics.miss_RL)))
     scores = Scores(
         deviation=statistics.mean(statistics.deviation_RS).tolist(),
         deviation_stderr=statistics.stderr(statistics.deviation_RS).tolist(),
@@ -157,7 +160,7 @@ def score_layers(
         exponent=exponent.value,
         pilot=None if isinstance(found, str) else found.result,
         stability={k: count / len(resampled) for k, count in selection.tally(resampled).items()},
-        row_cuts=selection.tally([choose(row_R) for row_R in np.eye(num_rows)]),
+        row_cuts=selection.tally(cuts(np.eye(num_rows))),
         tokens=int(statistics.tokens_R.sum()),
         loss=loss,
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from axolotl_layersel.config.conflicts import SHORT_NAME, find_conflicts, is_plugin, names_plugin
+from axolotl_layersel.config.conflicts import SHORT_NAME, as_list, find_conflicts, is_plugin, names_plugin
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.report.wording import dataset_name, layer_range, mode_name, model_name, printable
 
@@ -72,7 +72,7 @@ def recipe(config: Mapping[str, Any], plan: Plan, *, plain: bool = False) -> dic
     if not isinstance(block, dict):
         raise RecipeError(f"`layersel:` is {block!r}; allowed is a block of options, or nothing")
     if not names_plugin(result):
-        result["plugins"] = [*_as_list(result.get("plugins")), SHORT_NAME]
+        result["plugins"] = [*as_list(result.get("plugins")), SHORT_NAME]
     others = {name: block[name] for name in _OTHER_OPTIONS if name in block}
     result["layersel"] = {"first_layer": plan.first_trainable, **others}
     if conflicts := find_conflicts(result):
@@ -133,7 +133,7 @@ def _without_plugin(result: dict[str, Any], plan: Plan) -> dict[str, Any]:
             "the plan has no config_updates, so the keys for stock axolotl are not known: take the plan.json that a "
             "run or `axolotl layersel score` wrote"
         )
-    plugins = [name for name in _as_list(result["plugins"]) if not is_plugin(name)]
+    plugins = [name for name in as_list(result["plugins"]) if not is_plugin(name)]
     if plugins:
         result["plugins"] = plugins
     else:
@@ -159,9 +159,3 @@ def _plain_values(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain_values(item) for item in value]
     return value
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
