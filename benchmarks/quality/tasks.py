@@ -1,6 +1,7 @@
 """Fine-tuning tasks as token rows with the instruction mask that axolotl makes: only the response carries labels.
 
 - `gsm8k`: grade-school maths, step-by-step answer (a .jsonl with `question`, `answer`).
+- `question`: the question that a grade-school maths answer belongs to (the same file).
 - `roleplay`: role-play instructions (a .jsonl with `instruction`, `input`, `output`).
 - `code`: signature and docstring of a function of the standard library; the body answers.
 - `docstring`: a function of the standard library; its docstring answers.
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-TASKS = ("gsm8k", "roleplay", "code", "near", "docstring")
+TASKS = ("gsm8k", "question", "roleplay", "code", "near", "docstring")
 IGNORED = -100
 MIN_ANSWER = 12
 WITH_INPUT = (
@@ -70,9 +71,17 @@ def gsm8k(path: Path) -> Iterator[Example]:
         yield Example(row["question"], "", row["answer"], str(number))
 
 
+def question(path: Path) -> Iterator[Example]:
+    for number, row in enumerate(read_jsonl(path)):
+        yield Example("Write the question that this answer belongs to.", row["answer"], row["question"], str(number))
+
+
 def roleplay(path: Path) -> Iterator[Example]:
     for number, row in enumerate(read_jsonl(path)):
         yield Example(row["instruction"], row.get("input", ""), row["output"], str(number))
+
+
+FROM_FILE = {"gsm8k": (gsm8k, "gsm8k"), "question": (question, "gsm8k"), "roleplay": (roleplay, "roleplay")}
 
 
 def functions() -> Iterator[tuple[str, str, str, str]]:
@@ -159,8 +168,9 @@ def build_task(
         examples = list(near(heldout_documents()))
     elif name in ("code", "docstring"):
         examples = list(code() if name == "code" else docstring())
-    elif name in ("gsm8k", "roleplay"):
-        examples = list((gsm8k if name == "gsm8k" else roleplay)(paths[name]))
+    elif name in FROM_FILE:
+        made, file = FROM_FILE[name]
+        examples = list(made(paths[file]))
     else:
         raise ValueError(f"got task {name!r}; allowed: {', '.join(TASKS)}")
     draw = random.Random(seed)
