@@ -15,7 +15,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # for a f
 
 @dataclass(frozen=True)
 class PilotCut:
-    """One training of a pilot, at the best rate that it tried."""
+    """One training of a pilot."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     first_trainable: int  # k: layers k..L-1 were trained
@@ -27,7 +27,7 @@ class PilotCut:
 
 @dataclass(frozen=True)
 class Pilot:
-    """Short trainings on the calibration rows, from which the exponent of the retention comes."""
+    """Short trainings on the calibration rows, which the retention is made to agree with."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     steps: int
@@ -35,10 +35,9 @@ class Pilot:
     rows: int  # trained on
     heldout_rows: int
     base_loss: float  # on the held-out rows before training, nats per token
-    cuts: list[PilotCut]  # all layers first
-    exponent: float  # of the pilot's own retentions
+    cuts: list[PilotCut]  # all layers, then a sixth of them
+    switched_off: dict[int, float]  # cut k -> share of the gain that is left with the adapters below k switched off
     cost_share: float  # of the run, as planned: tokens times trained layers
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class Scores:
     loss: float | None = None  # cross-entropy before training, nats per token; no logit scale, no soft-cap
     retention_low: list[float] | None = None  # L; lower end of a 90 % band around the retention; what coverage asks
     retention_high: list[float] | None = None  # L; upper end
-    gain_source: Literal["forward", "pilot"] = "forward"  # where the exponent of the retention comes from
-    exponent: float | None = None  # retention(k) = (sum of descent over i >= k) ** exponent
+    gain_source: Literal["forward", "pilot"] = "forward"  # what tells how steep the retention is
+    exponent: float | None = None  # forward: retention(k) = (sum of descent over i >= k) ** exponent
     pilot: Pilot | None = None
 
 

@@ -24,7 +24,7 @@ from axolotl_layersel.compare.other_signals import BaselineError
 from axolotl_layersel.method import gain as gains
 from axolotl_layersel.method import selection
 from axolotl_layersel.method.calibration import Row
-from axolotl_layersel.method.exponent import family_of, forward_exponent
+from axolotl_layersel.method.retention import RetentionLaw, family_of, forward_law, unlike_the_known
 from axolotl_layersel.method.scoring_pass import measure
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.model.latent_states import left_as_found
@@ -61,11 +61,11 @@ class Rule:
     budget: int | float
     min_layers: int
 
-    def cut(self, weight_L: Array, *, exponent: float) -> int:
+    def cut(self, weight_L: Array, *, law: RetentionLaw) -> int:
         """The first trainable layer for weights that sum to 1."""
         return selection.select_cut(
             policy=self.policy,
-            retention_L=gains.retention(weight_L, exponent=exponent),
+            retention_L=law.low(weight_L),
             gain_L=weight_L,
             coverage=self.coverage,
             budget=self.budget,
@@ -110,13 +110,14 @@ def compare_methods(
     stack = find_stack(model)
     found, loss = _ours(model, stack, rows, batch_tokens=batch_tokens, autocast=autocast)
     found += _rivals(model, stack, rows, seed=seed, batch_tokens=batch_tokens, autocast=autocast)
-    exponent = forward_exponent(loss, num_layers=stack.num_layers, family=family_of(model)).high
+    unlike = unlike_the_known(loss=loss, num_layers=stack.num_layers, family=family_of(model))
+    law = forward_law(loss).widened(unlike)
     own_name = TRANSITION if rule.policy == "peak_gain" else f"{deviation}, descent"
     found.sort(key=lambda f: f.method != own_name)  # stable: the run's own comes first
     own_L = found[0].weight_L
     assert own_L is not None
-    own_cut = rule.cut(own_L, exponent=exponent)
-    choices = [_choice(f, own_L, rule=rule, exponent=exponent) for f in found]
+    own_cut = rule.cut(own_L, law=law)
+    choices = [_choice(f, own_L, rule=rule, law=law) for f in found]
     for share in FIXED_SHARES:
         kept = max(round(share * stack.num_layers), 1)
         choices.append(
@@ -194,13 +195,13 @@ def _rivals(
             yield _Found(method, source, weight_L / weight_L.sum(), seconds)
 
 
-def _choice(found: _Found, own_L: Array, *, rule: Rule, exponent: float) -> Choice:
+def _choice(found: _Found, own_L: Array, *, rule: Rule, law: RetentionLaw) -> Choice:
     if found.weight_L is None:
         return Choice(found.method, found.source, skipped=found.skipped)
     return Choice(
         found.method,
         found.source,
-        first_trainable=rule.cut(found.weight_L, exponent=exponent),
+        first_trainable=rule.cut(found.weight_L, law=law),
         weight=found.weight_L.tolist(),
         seconds=round(found.seconds, 3),
         rank_correlation=spearman(found.weight_L, own_L),

@@ -12,7 +12,7 @@ of fine-tuning every layer,
     retention(k) = s(k) ** exponent.
 
 Which shape the curve has is in the forward pass; how steep it is, the exponent, differs between models and tasks by
-more than a factor of ten, and no forward pass tells it well (`exponent.py`): a pilot measures it (`pilot.py`). Both are
+more than a factor of ten, and no forward pass tells it well: a pilot does (`pilot.py`, `retention.py`). All of this is
 our own: SALF derives its gain from a scaling law whose formula is not known to us. Its end of freezing is the layer of
 maximum gain, read here from the transitions (`transition_gain`).
 

@@ -1,15 +1,14 @@
 """A pilot: short trainings on the calibration rows that measure how steep retention is for this model and task.
 
-    one sixth of the layers, at a few rates      finds the rate; its best run is the second point of the curve
-    half of the layers                           the first point
-    all layers                                   what both are shares of
+    one sixth of the layers, at three rates    finds the rate; its best run is the point that the curve goes through
+    all layers                                 what that is a share of; then, with its adapters below a cut switched
+                                               off, how much of the work lies above, for a few forward passes
 
-The best rate grows a little as fewer layers are trained (`rate_ratio`), so the search runs where it is cheapest.
-A pilot is shorter than the run it stands for, and a short training leans more on the layers below the cut: its exponent
-is `SHORTER` times the run's, as measured.
+The best rate grows a little as fewer layers are trained (`rate_ratio`), so the search runs where it is cheapest, and
+where retention is neither near 1 nor near 0. `retention.py` makes a curve of what is found here.
 
 The pilot costs a given share of the run (`pilot_share`), in tokens times trained layers; where that does not pay for
-the smallest one, or the model cannot be piloted, the forward pass alone has to do, with a wider band (`exponent.py`).
+the smallest one, or the model cannot be piloted, the forward pass alone has to do, with a wider band.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,27 +25,31 @@ from numpy.typing import NDArray
 from torch import nn
 
 from axolotl_layersel.method.calibration import Row
-from axolotl_layersel.method.pilot_curve import Arm, Piloted, curve_of
+from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_size import (
     FIRST_RATE,
+    LEAST_STEPS,
     MOST_RATES,
     RATE_STEP,
+    ROWS_PER_STEP,
     Size,
-    least_tokens,
-    pilot_cuts,
+    pilot_cost,
+    pilot_cut,
     pilot_size,
     rate_ratio,
+    switched_off_cuts,
 )
 from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen
 from axolotl_layersel.method.scoring_pass import out_of_memory
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.latent_states import left_as_found
+from axolotl_layersel.plan_parts import Pilot
 
 Array = NDArray[np.float64]
 
 HELDOUT = 0.25  # of the rows
-LEAST_ROWS = 32
-MOST_TOKENS = 65_536  # of all rows: what enters a cut is kept for them
+LEAST_ROWS = 43  # three quarters of them are two epochs of the shortest pilot
+MOST_TOKENS = 262_144  # of all rows: what enters a cut is kept for them in main memory
 
 
 @dataclass(frozen=True)
@@ -82,18 +86,16 @@ def run_pilot(
     stack: DecoderStack,
     rows: Sequence[Row],
     *,
-    share_L: Array,
     settings: PilotSettings,
     seed: int,
     batch_tokens: int,
     autocast: torch.dtype | None = None,
-) -> Piloted:
-    """Measure the exponent on this model and data.
+) -> Pilot:
+    """Measure on this model and data how much a suffix keeps.
 
     Args:
         model: before adapters; left as it was found, to the last bit.
         rows: the calibration sample.
-        share_L: each layer's share of the descent, which gives the curve its shape.
         settings: of the run.
         seed: of the split, the adapters and the order of rows.
         batch_tokens: padded tokens in one forward pass.
@@ -101,21 +103,22 @@ def run_pilot(
     Raises:
         PilotError: it does not pay, or this model or data cannot be piloted.
     """
-    started = time.perf_counter()
+    if stack.num_layers == 1:
+        raise PilotError("one decoder layer leaves nothing to choose")
     if autocast is torch.float16 or next(model.parameters()).dtype is torch.float16:
         raise PilotError("small gradients vanish in float16; use bf16")
     train, heldout = split_rows(rows, seed=seed)
     row_tokens = float(np.mean([len(rows[row].input_ids) for row in (*train, *heldout)]))
-    size = pilot_size(
-        settings.share * settings.run_tokens, row_tokens=row_tokens, train_rows=len(train), heldout_rows=len(heldout)
-    )
+    shape: dict[str, Any] = {"row_tokens": row_tokens, "train_rows": len(train), "heldout_rows": len(heldout)}
+    size = pilot_size(settings.share * settings.run_tokens, **shape)
     if size is None:
-        least = least_tokens(row_tokens, len(train), len(heldout)) / settings.share
+        least = pilot_cost(LEAST_STEPS, **shape)
         raise PilotError(
             f"a run of {settings.run_tokens:,.0f} tokens is too short for a pilot that costs {settings.share:g} of it, "
-            f"which takes {least:,.0f} tokens: raise pilot_share to "
-            f"{settings.share * least / settings.run_tokens:.2g} to have one"
+            f"which takes {least / settings.share:,.0f} tokens: raise pilot_share to "
+            f"{least / settings.run_tokens:.2g} to have one"
         )
+    started = time.perf_counter()
     while True:
         trainer = Trainer(
             model=model,
@@ -123,13 +126,13 @@ def run_pilot(
             rows=rows,
             train=train,
             heldout=heldout,
-            rows_per_step=size.rows_per_step,
+            rows_per_step=ROWS_PER_STEP,
             batch_tokens=batch_tokens,
             checkpointing=settings.checkpointing,
         )
         try:
             with left_as_found(model, autocast=autocast), frozen(model), _uncached(autocast, trainer.device):
-                arms = _train_arms(trainer, size, seed=seed, say=settings.say)
+                found = _train_arms(trainer, size, settings, seed=seed)
             break
         except (RuntimeError, MemoryError) as error:
             longest = max(len(rows[row].input_ids) for row in (*train, *heldout))
@@ -139,17 +142,8 @@ def run_pilot(
                 raise PilotError(f"a row of {longest} tokens alone is too much for the memory") from error
             batch_tokens //= 2
             settings.say(f"out of memory; the pilot starts again with {batch_tokens} tokens at a time")
-    scored = sum(rows[row].scored for row in heldout)
-    return curve_of(
-        arms,
-        share_L=share_L,
-        scored=scored,
-        size=size,
-        rows=len(train),
-        run_tokens=settings.run_tokens,
-        seed=seed,
-        seconds=time.perf_counter() - started,
-    )
+    settings.say(f"pilot of {size.steps} steps done in {time.perf_counter() - started:.0f} s")
+    return found
 
 
 def _uncached(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
@@ -157,35 +151,53 @@ def _uncached(autocast: torch.dtype | None, device: torch.device) -> AbstractCon
     return nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast, cache_enabled=False)
 
 
-def _train_arms(trainer: Trainer, size: Size, *, seed: int, say: Callable[[str], None]) -> list[Arm]:
-    """Before any training, then the last sixth at its best rate, half and all layers at rates that follow from it."""
+def _train_arms(trainer: Trainer, size: Size, settings: PilotSettings, *, seed: int) -> Pilot:
+    """A sixth of the layers at its best rate, then all layers at the rate that follows from it."""
     layers = trainer.stack.num_layers
-    half, sixth = pilot_cuts(layers)
-    for cut in sorted({half, sixth} - {0}):
-        trainer.keep_states(cut)
-    base = Arm(layers, 0.0, trainer.heldout_losses(sixth))
-    _check_start(trainer, base.losses_H)
+    sixth, cuts = pilot_cut(layers), switched_off_cuts(layers)
+    for cut in cuts:
+        trainer.keep_states(cut, trainer.heldout)
+    used = list(dict.fromkeys(row for step in trainer.order(size.steps, seed) for row in step))
+    trainer.keep_states(sixth, used)
+    base_H = trainer.heldout_losses(sixth)
+    _check_start(trainer, base_H)
     scored = sum(trainer.rows[row].scored for row in trainer.heldout)
 
-    def arm(cut: int, rate: float) -> Arm:
+    def train(cut: int, rate: float, judged_from: Sequence[int] = ()) -> tuple[Arm, list[Array]]:
         own_rate = rate * rate_ratio(cut, layers)
-        losses = trainer.trained(cut, learning_rate=own_rate, steps=size.steps, seed=seed)
-        say(
-            f"pilot, layers {cut} to {layers - 1} at rate {own_rate:.2g}: "
-            f"{base.losses_H.sum() / scored:.3f} to {losses.sum() / scored:.3f} nats"
+        losses_H, *off = trainer.trained(
+            cut, learning_rate=own_rate, steps=size.steps, seed=seed, judged_from=judged_from
         )
-        return Arm(cut, own_rate, losses)
+        settings.say(
+            f"pilot, layers {cut} to {layers - 1} at rate {own_rate:.2g}: "
+            f"{base_H.sum() / scored:.3f} to {losses_H.sum() / scored:.3f} nats"
+        )
+        return Arm(cut, own_rate, losses_H), off
 
-    tried: dict[float, Arm] = {rate: arm(sixth, rate) for rate in (FIRST_RATE, FIRST_RATE * RATE_STEP)}
-    best = min(tried, key=lambda rate: tried[rate].losses_H.sum())
-    step = RATE_STEP if best > FIRST_RATE else 1 / RATE_STEP
+    tried: dict[float, Arm] = {}
+    best, step = FIRST_RATE, 1 / RATE_STEP
+    tried[best] = train(sixth, best)[0]
     while len(tried) < MOST_RATES:
-        tried[best * step] = arm(sixth, best * step)
-        if not tried[best * step].losses_H.sum() < tried[best].losses_H.sum():
-            break
-        best *= step
-    others = [arm(cut, best) for cut in dict.fromkeys((half, 0)) if cut != sixth]
-    return [base, tried[best], *others]
+        rate = best * step
+        tried[rate] = train(sixth, rate)[0]
+        if tried[rate].losses_H.sum() < tried[best].losses_H.sum():
+            best = rate
+        else:
+            step = 1 / step
+            if best * step in tried:
+                break
+    whole, off = train(0, best, cuts)
+    return result_of(
+        base_H,
+        whole,
+        tried[best],
+        dict(zip(cuts, off, strict=True)),
+        scored=scored,
+        size=size,
+        rows=len(used),
+        run_tokens=settings.run_tokens,
+        seed=seed,
+    )
 
 
 def _check_start(trainer: Trainer, base_H: Array) -> None:

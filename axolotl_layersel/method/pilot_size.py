@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ROWS_PER_STEP = (8, 4)
-LEAST_STEPS, MOST_STEPS = 10, 40
+ROWS_PER_STEP = 8
+LEAST_STEPS, MOST_STEPS = 8, 40  # what was measured
 MOST_EPOCHS = 2.0
-FIRST_RATE, RATE_STEP, MOST_RATES = 2e-3, 3.0, 4  # of adapters on all layers
+FIRST_RATE, RATE_STEP, MOST_RATES = 3e-3, 3.0, 3  # of adapters on all layers
 FORWARD = 1 / 3  # of a forward and backward pass
 
 
@@ -16,7 +16,6 @@ class Size:
     """How long a pilot is."""
 
     steps: int
-    rows_per_step: int
     cost: float  # tokens, each through a forward and backward pass of all layers
 
 
@@ -29,9 +28,28 @@ def rate_ratio(first_trainable: int, num_layers: int) -> float:
     return float((num_layers / (num_layers - first_trainable)) ** 0.25)
 
 
-def pilot_cuts(num_layers: int) -> tuple[int, int]:
-    """The cuts that train half and a sixth of the layers."""
-    return num_layers // 2, max(num_layers - max(round(num_layers / 6), 1), num_layers // 2)
+def pilot_cut(num_layers: int) -> int:
+    """The cut that trains a sixth of the layers, where retention is far enough from 1 to be measured."""
+    return num_layers - max(round(num_layers / 6), 1)
+
+
+def switched_off_cuts(num_layers: int) -> list[int]:
+    """The cuts, `pilot_cut` last, below which the adapters of all layers are switched off."""
+    last = pilot_cut(num_layers)
+    before = (round(num_layers * share) for share in (4 / 15, 1 / 2, 2 / 3))
+    return sorted({cut for cut in before if 0 < cut < last} | {last})
+
+
+def pilot_cost(steps: int, *, row_tokens: float, train_rows: int, heldout_rows: int) -> float:
+    """Tokens, each through a forward and backward pass of all layers.
+
+    Args:
+        row_tokens: mean length of a calibration row.
+    """
+    trained = steps * ROWS_PER_STEP * (1 + MOST_RATES / 6)
+    states = (min(train_rows, steps * ROWS_PER_STEP) + heldout_rows) * 5 / 6
+    evaluated = heldout_rows * (1 + (1 + MOST_RATES) / 6 + 11 / 15 + 1 / 2 + 1 / 3 + 1 / 6)
+    return row_tokens * (trained + FORWARD * (states + evaluated))
 
 
 def pilot_size(budget: float, *, row_tokens: float, train_rows: int, heldout_rows: int) -> Size | None:
@@ -41,22 +59,9 @@ def pilot_size(budget: float, *, row_tokens: float, train_rows: int, heldout_row
         budget: tokens, each through a forward and backward pass of all layers.
         row_tokens: mean length of a calibration row.
     """
-    trained = 1 + 1 / 2 + MOST_RATES / 6
-    evaluated = 1 + 1 / 2 + (MOST_RATES + 1) / 6
-    fixed = FORWARD * row_tokens * ((train_rows + heldout_rows) * 5 / 6 + heldout_rows * evaluated)
-    for rows in ROWS_PER_STEP:
-        each = rows * row_tokens * trained
-        steps = min(int((budget - fixed) / each), int(MOST_EPOCHS * train_rows / rows), MOST_STEPS)
-        if steps >= LEAST_STEPS:
-            return Size(steps=steps, rows_per_step=rows, cost=fixed + steps * each)
+    most = min(int(MOST_EPOCHS * train_rows / ROWS_PER_STEP), MOST_STEPS)
+    for steps in range(most, LEAST_STEPS - 1, -1):
+        cost = pilot_cost(steps, row_tokens=row_tokens, train_rows=train_rows, heldout_rows=heldout_rows)
+        if cost <= budget:
+            return Size(steps=steps, cost=cost)
     return None
-
-
-def least_tokens(row_tokens: float, train_rows: int, heldout_rows: int) -> float:
-    """The cost of the smallest pilot."""
-    low, high = 0.0, 1e3 * row_tokens * (train_rows + heldout_rows)
-    for _ in range(60):
-        middle = (low + high) / 2
-        found = pilot_size(middle, row_tokens=row_tokens, train_rows=train_rows, heldout_rows=heldout_rows)
-        low, high = (low, middle) if found else (middle, high)
-    return high

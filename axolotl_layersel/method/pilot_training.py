@@ -65,19 +65,19 @@ class Trainer:
         """Where token ids go."""
         return next(self.stack.embeddings.parameters()).device
 
-    def keep_states(self, cut: int) -> None:
-        """Compute what enters layer `cut`, for all rows, from what was kept for a lower cut if there is one."""
-        below = max((known for known in self._entering if known < cut), default=0)
-        kept: dict[int, Tensor] = {}
+    def keep_states(self, cut: int, rows: Sequence[int]) -> None:
+        """Compute what enters layer `cut` for some rows, from what is kept of all of them at a lower cut if it is."""
+        having = (known for known, kept in self._entering.items() if known < cut and kept.keys() >= set(rows))
+        below = max(having, default=0)
+        kept = self._entering.setdefault(cut, {})
         with torch.no_grad(), self._noting_form():
-            for batch in self._batches([*self.train, *self.heldout]):
+            for batch in self._batches(rows):
                 with self._starting_at(below, batch):
                     states_BTD = states_entering(
                         self.stack, cut, input_ids=batch.input_ids, attention_mask=batch.attention_mask
                     )
                 for place, row in enumerate(batch.rows):
                     kept[row] = states_BTD[place, : len(self.rows[row].input_ids)].to("cpu", copy=True)
-        self._entering[cut] = kept
 
     def heldout_losses(self, cut: int, indices: Sequence[int] | None = None) -> Array:
         """Summed cross-entropy (nats) of each held-out row, as the model stands, started at `cut`."""
@@ -89,17 +89,24 @@ class Trainer:
                     losses |= dict(zip(batch.rows, self._loss_of_rows(batch).tolist(), strict=True))
         return np.array([losses[row] for row in chosen])
 
-    def trained(self, cut: int, *, learning_rate: float, steps: int, seed: int) -> Array:
-        """Train layers cut..L-1 for `steps` steps; summed cross-entropy of each held-out row, inf where it diverged."""
+    def trained(
+        self, cut: int, *, learning_rate: float, steps: int, seed: int, judged_from: Sequence[int] = ()
+    ) -> list[Array]:
+        """Train layers cut..L-1 for `steps` steps.
+
+        Returns:
+            Summed cross-entropy of each held-out row, then the same with the model started at each of `judged_from`,
+            where the layers below are as they were before training; all inf where the training diverged.
+        """
         adapters = low_rank_adapters(self.stack, first_trainable=cut, seed=seed)
         with adapters as parameters, self._recomputing(cut):
             optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-            for step, chosen in enumerate(self._order(steps, seed)):
+            for step, chosen in enumerate(self.order(steps, seed)):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * rate_at(step, steps)
                 if not self._step(cut, chosen, parameters, optimizer):
-                    return np.full(len(self.heldout), np.inf)
-            return self.heldout_losses(cut)
+                    return [np.full(len(self.heldout), np.inf)] * (1 + len(judged_from))
+            return [self.heldout_losses(start) for start in (cut, *judged_from)]
 
     def _step(
         self, cut: int, chosen: Sequence[int], parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
@@ -117,7 +124,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return True
 
-    def _order(self, steps: int, seed: int) -> Iterator[list[int]]:
+    def order(self, steps: int, seed: int) -> Iterator[list[int]]:
         """The rows of every step: all in a new order in each epoch."""
         draw, waiting = np.random.default_rng(seed), list[int]()
         for _ in range(steps):

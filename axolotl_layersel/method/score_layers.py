@@ -5,7 +5,7 @@
     one forward pass over the calibration sample, state by state                   scoring_pass.py, latent_states.py
         how far is each state from the semantics of its label                                       transition.py
     deviations -> each layer's share of the descent: the shape of the retention                     gain.py
-    short trainings on the same rows -> how steep it is; without them a wide band      pilot.py, exponent.py
+    short trainings on the same rows -> how steep it is; without them a wide band      pilot.py, retention.py
     policy, coverage, budget -> the cut, and how stable it is over rows                             selection.py
 
 Sources and what is our own: the docstrings there. Nothing here knows axolotl.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +24,21 @@ from torch import nn
 from axolotl_layersel.method import gain as gains
 from axolotl_layersel.method import selection
 from axolotl_layersel.method.calibration import Row
-from axolotl_layersel.method.exponent import Exponent, family_of, forward_exponent, unlike_the_known, widened
 from axolotl_layersel.method.pilot import PilotSettings, run_pilot
-from axolotl_layersel.method.pilot_curve import Piloted
 from axolotl_layersel.method.pilot_training import PilotError
+from axolotl_layersel.method.retention import (
+    RetentionLaw,
+    family_of,
+    forward_exponent,
+    forward_law,
+    pilot_law,
+    unlike_the_known,
+)
 from axolotl_layersel.method.scoring_pass import Progress, measure
 from axolotl_layersel.method.transition import RowStatistics
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.latent_states import left_as_found
-from axolotl_layersel.plan_parts import Scores
+from axolotl_layersel.plan_parts import Pilot, Scores
 
 Array = NDArray[np.float64]
 Together = Callable[[Callable[[], RowStatistics]], list[RowStatistics]]  # do it everywhere, get everybody's result
@@ -63,7 +68,7 @@ def score_layers(
     autocast: torch.dtype | None = None,
     share: tuple[int, int] = (0, 1),
     together: Together = lambda work: [work()],
-    main_only: Callable[[Callable[[], Piloted | str]], Piloted | str] = lambda work: work(),
+    main_only: Callable[[Callable[[], Pilot | str]], Pilot | str] = lambda work: work(),
     progress: Progress = lambda rows, tokens: None,
 ) -> ScoredCut:
     """Score every decoder layer on `rows` and choose the suffix to train.
@@ -104,19 +109,12 @@ def score_layers(
     share_L = gains.descent(statistics.mean(statistics.deviation_RS))
     loss = float(statistics.mean(statistics.loss_R[:, None])[0])
 
-    def piloted() -> Piloted | str:
+    def piloted() -> Pilot | str:
         if pilot is None:
             return "no pilot was asked for"
         try:
             return run_pilot(
-                model,
-                stack,
-                rows,
-                share_L=share_L,
-                settings=pilot,
-                seed=seed,
-                batch_tokens=batch_tokens,
-                autocast=autocast,
+                model, stack, rows, settings=pilot, seed=seed, batch_tokens=batch_tokens, autocast=autocast
             )
         except PilotError as error:
             return str(error)
@@ -124,9 +122,8 @@ def score_layers(
     found = main_only(piloted)
     if isinstance(found, str) and pilot is not None and pilot.required:
         raise ValueError(f"no pilot can be run: {found}. Set `pilot: auto` to go on with the forward pass alone")
-    about: dict[str, Any] = {"num_layers": stack.num_layers, "family": family_of(model)}
-    unlike = unlike_the_known(loss=loss, **about)
-    exponent = forward_exponent(loss, **about) if isinstance(found, str) else widened(found.exponent, unlike)
+    unlike = unlike_the_known(loss=loss, num_layers=stack.num_layers, family=family_of(model))
+    law = (forward_law(loss) if isinstance(found, str) else pilot_law(found)).widened(unlike)
 
     def select(low_L: Array, gain_L: Array) -> int:
         return selection.select_cut(
@@ -141,51 +138,52 @@ def score_layers(
     def cuts(counts_BR: Array) -> list[int]:
         """The cut of each resample, where rows count as often as is said."""
         share_BL = gains.descent(statistics.mean(statistics.deviation_RS, counts_BR))
-        low_BL = gains.retention(share_BL, exponent=exponent.high)
+        low_BL = law.low(share_BL)
         gain_BL = gains.transition_gain(statistics.mean(statistics.miss_RL, counts_BR))
         return [select(low_L, gain_L) for low_L, gain_L in zip(low_BL, gain_BL, strict=True)]
 
     num_rows = len(statistics.rows_R)
     resampled = cuts(selection.bootstrap_counts(num_rows, seed=seed))
-    low_L = gains.retention(share_L, exponent=exponent.high)
+    low_L = law.low(share_L)
     cut = select(low_L, gains.transition_gain(statistics.mean(statistics.miss_RL)))
     scores = Scores(
         deviation=statistics.mean(statistics.deviation_RS).tolist(),
         deviation_stderr=statistics.stderr(statistics.deviation_RS).tolist(),
         descent=share_L.tolist(),
-        retention=gains.retention(share_L, exponent=exponent.value).tolist(),
+        retention=law.curve(share_L).tolist(),
         retention_low=low_L.tolist(),
-        retention_high=gains.retention(share_L, exponent=exponent.low).tolist(),
+        retention_high=law.high(share_L).tolist(),
         gain_source="forward" if isinstance(found, str) else "pilot",
-        exponent=exponent.value,
-        pilot=None if isinstance(found, str) else found.result,
+        exponent=forward_exponent(loss) if isinstance(found, str) else None,
+        pilot=None if isinstance(found, str) else found,
         stability={k: count / len(resampled) for k, count in selection.tally(resampled).items()},
         row_cuts=selection.tally(cuts(np.eye(num_rows))),
         tokens=int(statistics.tokens_R.sum()),
         loss=loss,
     )
     notes = [
-        *_source(found, exponent, unlike, asked=pilot is not None),
+        *_source(found, law, unlike, asked=pilot is not None),
         *_doubts(cut, scores, coverage=coverage, policy=policy),
     ]
     return ScoredCut(first_trainable=cut, scores=scores, notes=tuple(notes))
 
 
-def _source(found: Piloted | str, exponent: Exponent, unlike: Sequence[str], *, asked: bool) -> Iterator[str]:
+def _source(found: Pilot | str, law: RetentionLaw, unlike: Sequence[str], *, asked: bool) -> Iterator[str]:
     """Sentences that say where the retention comes from, what that cost, and why its band is as wide as it is."""
     if isinstance(found, str):
         why = f": {found}" if asked else ""
         yield f"how steep the retention is comes from the forward pass alone{why}; so its band is wide"
     else:
-        result = found.result
+        point = found.cuts[-1]
         yield (
-            f"how steep the retention is comes from a pilot of {result.steps} steps of {result.rows_per_step} rows, "
-            f"{result.cost_share:.3f} of the run, {result.seconds:.0f} s"
+            f"how steep the retention is comes from a pilot of {found.steps} steps of {found.rows_per_step} rows, "
+            f"{found.cost_share:.3f} of the run: layers {point.first_trainable}.. alone kept {point.retention:.2f} +- "
+            f"{point.retention_stderr:.2f}"
         )
     if unlike:
         yield (
             f"the band was measured on other models than this one, which has {' and '.join(unlike)}: it is made "
-            f"wider, to exponents from {exponent.low:.2f} to {exponent.high:.2f}"
+            f"wider, to a factor of {law.factor:.1f} on the logarithm of the retention"
         )
 
 

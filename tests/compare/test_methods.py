@@ -18,7 +18,7 @@ from axolotl_layersel.compare import other_signals as baselines
 from axolotl_layersel.compare.methods import Choice, Rule, compare_methods, spearman
 from axolotl_layersel.compare.other_signals import BaselineError
 from axolotl_layersel.method.calibration import Row
-from axolotl_layersel.method.exponent import forward_exponent
+from axolotl_layersel.method.retention import forward_law, unlike_the_known
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import find_stack
 
@@ -248,8 +248,8 @@ def test_every_method_is_compared_with_the_run_s_own_which_comes_first() -> None
         assert choice.step == [1.0, 0.9, 0.8, 0.7][choice.first_trainable]
         if choice.weight is not None:
             assert sum(choice.weight) == pytest.approx(1.0)
-            exponent = forward_exponent(scored.loss, num_layers=L, family="llama").high
-            assert RULE.cut(np.asarray(choice.weight), exponent=exponent) == choice.first_trainable
+            law = forward_law(scored.loss).widened(unlike_the_known(loss=scored.loss, num_layers=L, family="llama"))
+            assert RULE.cut(np.asarray(choice.weight), law=law) == choice.first_trainable
             assert choice.seconds is not None and choice.seconds >= 0
 
 

@@ -14,22 +14,34 @@ from tiny import VOCABULARY, tiny_llama, tiny_llama_4bit
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from axolotl_layersel.method import gain as gains
 from axolotl_layersel.method import pilot as pilots
 from axolotl_layersel.method.calibration import Row
-from axolotl_layersel.method.exponent import SHORTER
+from axolotl_layersel.method.low_rank import low_rank_adapters
 from axolotl_layersel.method.pilot import PilotSettings, run_pilot
-from axolotl_layersel.method.pilot_curve import Arm, Piloted, curve_of, fit_exponent
-from axolotl_layersel.method.pilot_size import LEAST_STEPS, MOST_EPOCHS, Size, pilot_cuts, pilot_size, rate_ratio
+from axolotl_layersel.method.pilot_result import Arm, result_of
+from axolotl_layersel.method.pilot_size import (
+    FIRST_RATE,
+    LEAST_STEPS,
+    MOST_EPOCHS,
+    RATE_STEP,
+    Size,
+    pilot_cost,
+    pilot_cut,
+    pilot_size,
+    rate_ratio,
+    switched_off_cuts,
+)
 from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen, rate_at
+from axolotl_layersel.method.retention import pilot_law
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import find_stack
+from axolotl_layersel.plan_parts import Pilot
 
 LAYERS = 6
 LONG = PilotSettings(run_tokens=1e6)
 
 
-def _rows(count: int = 40, seed: int = 0) -> list[Row]:
+def _rows(count: int = 48, seed: int = 0) -> list[Row]:
     """Rows that count up in steps of 7 from a random start: something that a few steps can learn."""
     rng = random.Random(seed)
     rows = []
@@ -40,47 +52,63 @@ def _rows(count: int = 40, seed: int = 0) -> list[Row]:
     return rows
 
 
-def _pilot(model: nn.Module, rows: list[Row] | None = None, **options: Any) -> Piloted:
+def _pilot(model: nn.Module, rows: list[Row] | None = None, **options: Any) -> Pilot:
     values: dict[str, Any] = {"settings": LONG, "seed": 1, "batch_tokens": 120, **options}
-    layers = find_stack(model).num_layers
-    return run_pilot(model, find_stack(model), rows or _rows(), share_L=np.full(layers, 1 / layers), **values)
+    return run_pilot(model, find_stack(model), rows or _rows(), **values)
 
 
 @pytest.fixture(scope="module")
-def found() -> Piloted:
+def found() -> Pilot:
     return _pilot(tiny_llama(num_layers=LAYERS))
 
 
-def test_it_trains_all_layers_half_and_a_sixth_and_each_learns(found: Piloted) -> None:
-    result = found.result
-    assert [cut.first_trainable for cut in result.cuts] == [0, 3, 5]
-    assert all(cut.loss < result.base_loss for cut in result.cuts)
-    assert [cut.retention for cut in result.cuts] == [
-        pytest.approx((result.base_loss - cut.loss) / (result.base_loss - result.cuts[0].loss)) for cut in result.cuts
-    ]
-    assert (result.rows, result.heldout_rows) == (30, 10)
-    assert result.cost_share <= LONG.share
+def test_it_trains_a_sixth_and_all_layers_and_both_learn(found: Pilot) -> None:
+    every, sixth = found.cuts
+    assert (every.first_trainable, sixth.first_trainable) == (0, 5)
+    assert every.loss < found.base_loss and sixth.loss < found.base_loss
+    gain = found.base_loss - every.loss
+    assert (every.retention, sixth.retention) == (1.0, pytest.approx((found.base_loss - sixth.loss) / gain))
+    assert (found.rows, found.heldout_rows) == (36, 12)
+    assert found.cost_share <= LONG.share
 
 
-def test_the_exponent_is_that_of_the_pilot_s_own_points_corrected_for_its_length(found: Piloted) -> None:
-    left_L = gains.still_to_do(np.full(LAYERS, 1 / LAYERS))
-    points = [(left_L[cut.first_trainable], cut.retention) for cut in found.result.cuts[1:]]
-    tried = np.geomspace(0.005, 5, 20_000)
-    error = sum((left**tried - kept) ** 2 for left, kept in points)
-    # 400 points over three decades stand 1.8 % apart.
-    assert found.result.exponent == pytest.approx(tried[np.argmin(error)], rel=0.018)
-    assert found.exponent.value == pytest.approx(found.result.exponent / SHORTER)
+def test_what_is_left_with_adapters_switched_off_falls_towards_the_output(found: Pilot) -> None:
+    left = [found.switched_off[cut] for cut in (2, 3, 4, 5)]
+    assert list(found.switched_off) == [2, 3, 4, 5]
+    assert 1.0 > left[0] > left[-1]
 
 
-def test_the_rate_grows_as_fewer_layers_are_trained(found: Piloted) -> None:
-    every, half, sixth = (cut.learning_rate for cut in found.result.cuts)
-    assert half / every == pytest.approx(2**0.25) and sixth / every == pytest.approx(6**0.25)
+def test_adapters_below_a_cut_are_switched_off_by_starting_there(trainer: Trainer) -> None:
+    """The same losses as those of a model whose lower adapters are gone."""
+    trainer.keep_states(3, trainer.heldout)
+    drawn = low_rank_adapters(trainer.stack, first_trainable=0, seed=0)
+    with drawn as parameters:
+        for number, up in enumerate(parameters[1::2]):
+            torch.manual_seed(number)
+            up.data.normal_(0, 0.1)
+        started, whole = trainer.heldout_losses(3), trainer.heldout_losses(0)
+        for up in parameters[1 : len(parameters) // 2 : 2]:  # layers 0..2 of 6
+            up.data.zero_()
+        silenced = trainer.heldout_losses(0)
+    np.testing.assert_allclose(started, silenced, rtol=1e-5)
+    assert not np.allclose(started, whole, rtol=1e-3)
+
+
+def test_the_rate_is_the_best_of_three_and_grows_as_fewer_layers_are_trained() -> None:
+    told: list[str] = []
+    settings = PilotSettings(run_tokens=1e6, say=told.append)
+    every, sixth = _pilot(tiny_llama(num_layers=LAYERS), settings=settings).cuts
+    assert sixth.learning_rate / every.learning_rate == pytest.approx(6**0.25)
     assert rate_ratio(0, 30) == 1.0
+    searched = [line for line in told if line.startswith("pilot, layers 5 to 5")]
+    assert len(searched) == 3
+    losses = [float(line.split()[-2]) for line in searched]
+    assert sixth.loss == pytest.approx(min(losses), abs=6e-4)
+    assert every.learning_rate in [pytest.approx(FIRST_RATE * RATE_STEP**power) for power in (-2, -1, 0, 1)]
 
 
-def test_equal_inputs_give_equal_pilots(found: Piloted) -> None:
-    again = _pilot(tiny_llama(num_layers=LAYERS))
-    assert (again.exponent, again.result.cuts) == (found.exponent, found.result.cuts)
+def test_equal_inputs_give_equal_pilots(found: Pilot) -> None:
+    assert _pilot(tiny_llama(num_layers=LAYERS)) == found
 
 
 @pytest.mark.parametrize("kind", ["float32", "4 bit", "bfloat16"])
@@ -93,7 +121,7 @@ def test_the_model_and_the_random_state_are_left_bit_for_bit(kind: str, tmp_path
     model.model.layers[2].eval()
     list(model.parameters())[3].requires_grad_(False)
     before = _state(model)
-    result = _pilot(model, autocast=torch.bfloat16 if kind == "bfloat16" else None).result
+    result = _pilot(model, autocast=torch.bfloat16 if kind == "bfloat16" else None)
     assert all(cut.loss < result.base_loss for cut in result.cuts)  # it did train, also where autocast keeps copies
     after = _state(model)
     assert before.keys() == after.keys()
@@ -114,15 +142,15 @@ def _state(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def test_recomputing_layers_changes_no_number(found: Piloted) -> None:
+def test_recomputing_layers_changes_no_number(found: Pilot) -> None:
     again = _pilot(tiny_llama(num_layers=LAYERS), settings=PilotSettings(run_tokens=1e6, checkpointing=True))
-    for cut, other in zip(found.result.cuts, again.result.cuts, strict=True):
+    for cut, other in zip(found.cuts, again.cuts, strict=True):
         assert cut.loss == pytest.approx(other.loss, rel=1e-6)
 
 
-def test_small_batches_change_no_number_but_by_rounding(found: Piloted) -> None:
+def test_small_batches_change_no_number_but_by_rounding(found: Pilot) -> None:
     again = _pilot(tiny_llama(num_layers=LAYERS), batch_tokens=15)
-    for cut, other in zip(found.result.cuts, again.result.cuts, strict=True):
+    for cut, other in zip(found.cuts, again.cuts, strict=True):
         assert cut.loss == pytest.approx(other.loss, rel=1e-3)
 
 
@@ -146,8 +174,8 @@ def trainer(request: pytest.FixtureRequest) -> Iterator[Trainer]:
 
 
 def test_a_training_that_starts_at_a_cut_computes_the_whole_model_s_loss(trainer: Trainer) -> None:
-    trainer.keep_states(2)
-    trainer.keep_states(4)  # from what was kept for 2
+    trainer.keep_states(2, trainer.heldout)
+    trainer.keep_states(4, trainer.heldout)  # from what was kept for 2
     expected = []
     for index in trainer.heldout:
         row = trainer.rows[index]
@@ -160,7 +188,7 @@ def test_a_training_that_starts_at_a_cut_computes_the_whole_model_s_loss(trainer
 
 def test_the_kept_states_are_those_that_training_reads(trainer: Trainer) -> None:
     """With other states the loss is another one: the layers below the cut do not run."""
-    trainer.keep_states(3)
+    trainer.keep_states(3, trainer.heldout)
     before = trainer.heldout_losses(3)
     for row in trainer.heldout:
         trainer._entering[3][row] = trainer._entering[3][row].flip(-1)
@@ -168,8 +196,8 @@ def test_the_kept_states_are_those_that_training_reads(trainer: Trainer) -> None
 
 
 def test_a_rate_that_is_far_too_high_diverges_and_is_not_chosen(trainer: Trainer) -> None:
-    trainer.keep_states(5)
-    calm, wild = (trainer.trained(5, learning_rate=rate, steps=6, seed=0).sum() for rate in (5e-3, 1e3))
+    trainer.keep_states(5, range(len(trainer.rows)))
+    calm, wild = (trainer.trained(5, learning_rate=rate, steps=6, seed=0)[0].sum() for rate in (5e-3, 1e3))
     assert calm < wild or not np.isfinite(wild)
 
 
@@ -179,29 +207,53 @@ def test_the_schedule_warms_up_and_ends_near_zero() -> None:
     assert rates[-1] < 0.01
 
 
-@pytest.mark.parametrize(("layers", "cuts"), [(30, (15, 25)), (12, (6, 10)), (6, (3, 5)), (2, (1, 1)), (1, (0, 0))])
-def test_the_cuts_train_half_and_a_sixth(layers: int, cuts: tuple[int, int]) -> None:
-    assert pilot_cuts(layers) == cuts
+@pytest.mark.parametrize(
+    ("layers", "cuts"), [(30, [8, 15, 20, 25]), (12, [3, 6, 8, 10]), (6, [2, 3, 4, 5]), (3, [1, 2]), (2, [1])]
+)
+def test_the_cuts_lie_at_a_quarter_half_two_thirds_and_five_sixths(layers: int, cuts: list[int]) -> None:
+    assert switched_off_cuts(layers) == cuts
+    assert pilot_cut(layers) == cuts[-1]
 
 
 def test_a_pilot_is_as_long_as_its_budget_allows_and_never_costs_more() -> None:
-    sizes = [pilot_size(budget, row_tokens=100, train_rows=96, heldout_rows=32) for budget in range(0, 300_000, 5_000)]
+    shape = {"row_tokens": 100.0, "train_rows": 96, "heldout_rows": 32}
+    sizes = [pilot_size(budget, **shape) for budget in range(0, 300_000, 2_000)]
     assert sizes[0] is None and sizes[-1] is not None
     assert sizes[-1].steps == MOST_EPOCHS * 96 / 8
-    for budget, size in zip(range(0, 300_000, 5_000), sizes, strict=True):
-        assert size is None or (size.cost <= budget and size.steps >= LEAST_STEPS)
+    for budget, size in zip(range(0, 300_000, 2_000), sizes, strict=True):
+        if size is None:
+            assert pilot_cost(LEAST_STEPS, **shape) > budget
+        else:
+            assert size.cost <= budget
+            assert size.steps == sizes[-1].steps or pilot_cost(size.steps + 1, **shape) > budget
 
 
-def test_the_exponent_of_exact_points_is_found() -> None:
-    left = np.array([0.6, 0.2])
-    assert fit_exponent(left, left**0.3) == pytest.approx(0.3, rel=0.01)
+def test_the_planned_cost_is_that_of_the_layers_that_run() -> None:
+    """Counted: rows of every layer's forward pass, three times where a backward pass follows, over layers."""
+    model, rows = tiny_llama(num_layers=LAYERS), [Row((1, 2, 3, 4) * 3, (-100, 2, 3, 4) * 3) for _ in range(48)]
+    passes = 0.0
+
+    def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal passes
+        states = args[0] if args else kwargs["hidden_states"]
+        passes += states.shape[0] * (1 if not torch.is_grad_enabled() else 3) / LAYERS
+
+    # A layer that is passed over is called as well, its attention is not.
+    hooks = [layer.self_attn.register_forward_pre_hook(count, with_kwargs=True) for layer in model.model.layers]
+    try:
+        result = _pilot(model, rows, batch_tokens=96)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    planned = 3 * result.cost_share * LONG.run_tokens / 12
+    assert passes == pytest.approx(planned, rel=0.05)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"settings": PilotSettings(run_tokens=1000)}, "a run of 1,000 tokens is too short .*raise pilot_share to"),
-        ({"rows": _rows(20)}, "20 calibration rows .* are too few, at least 32"),
+        ({"rows": _rows(20)}, "20 calibration rows .* are too few, at least 43"),
         ({"autocast": torch.float16}, "float16; use bf16"),
     ],
 )
@@ -213,7 +265,7 @@ def test_what_cannot_be_piloted_says_why(options: dict[str, Any], message: str) 
 def test_what_cannot_be_learnt_is_no_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels without any pattern: held-out rows gain nothing."""
     rng = random.Random(3)
-    rows = [Row(tuple(ids), tuple(ids)) for ids in ([rng.randrange(61) for _ in range(9)] for _ in range(40))]
+    rows = [Row(tuple(ids), tuple(ids)) for ids in ([rng.randrange(61) for _ in range(9)] for _ in range(48))]
     monkeypatch.setattr(pilots, "FIRST_RATE", 1e-5)
     with pytest.raises(PilotError, match="did not improve the held-out loss beyond its noise"):
         _pilot(tiny_llama(num_layers=LAYERS), rows)
@@ -228,11 +280,11 @@ def test_scoring_without_a_pilot_that_pays_goes_on_and_says_so_unless_one_is_dem
         score_layers(model, rows, pilot=PilotSettings(run_tokens=1000, required=True))
 
 
-def test_scoring_with_a_pilot_uses_its_exponent_and_has_a_narrower_band() -> None:
+def test_scoring_with_a_pilot_goes_through_its_point_and_has_a_narrower_band() -> None:
     model, rows = tiny_llama(num_layers=LAYERS), _rows()
     plain, piloted = (score_layers(model, rows, batch_tokens=120, pilot=pilot).scores for pilot in (None, LONG))
-    assert piloted.gain_source == "pilot" and piloted.pilot is not None
-    assert piloted.exponent == pytest.approx(piloted.pilot.exponent / SHORTER)
+    assert piloted.gain_source == "pilot" and piloted.pilot is not None and piloted.exponent is None
+    assert piloted.retention == pilot_law(piloted.pilot).curve(np.array(piloted.descent)).tolist()
     assert piloted.retention_low and piloted.retention_high and plain.retention_low and plain.retention_high
     width = [np.log(s.retention_low[3]) / np.log(s.retention_high[3]) for s in (plain, piloted)]  # factor squared
     assert width[1] < width[0]
@@ -253,24 +305,33 @@ def test_memory_that_runs_out_starts_the_pilot_again_with_smaller_batches() -> N
     assert told[0] == "out of memory; the pilot starts again with 60 tokens at a time"
 
 
-def test_a_point_that_contradicts_the_curve_widens_the_band_to_it() -> None:
-    """Half of the layers got worse in their pilot: a curve through the other point alone must not promise them much."""
-    layers = 12
-    share_L = np.full(layers, 1 / layers)
-    rows = np.ones(16)
-    size = Size(steps=15, rows_per_step=8, cost=1.0)
+def _result(whole: float, part: float, *, noise: float = 0.0) -> Pilot:
+    """16 held-out rows of one token, at 4 nats before training."""
+    ones, wave = np.ones(16), noise * (-1.0) ** np.arange(16)
+    return result_of(
+        4 * ones,
+        Arm(0, 1e-3, whole * ones),
+        Arm(10, 2e-3, part * ones + wave),
+        {6: 3.2 * ones, 10: 3.6 * ones},
+        scored=16,
+        size=Size(steps=15, cost=1.0),
+        rows=48,
+        run_tokens=1e3,
+        seed=0,
+    )
 
-    def band(half: float) -> float:
-        arms = [
-            Arm(12, 0.0, 4 * rows),
-            Arm(10, 1e-3, 3.5 * rows),
-            Arm(6, 1e-3, half * rows),
-            Arm(0, 1e-3, 3 * rows),
-        ]
-        found = curve_of(
-            arms, share_L=share_L, scored=16, size=size, rows=48, run_tokens=1e3, seed=0, seconds=0.0
-        ).exponent
-        return float(gains.still_to_do(share_L)[6] ** (found.high))
 
-    consistent, contradicted = band(3.25), band(4.1)
-    assert consistent > 0.5 > 0.05 > contradicted
+def test_the_noise_of_held_out_rows_is_that_of_a_mean() -> None:
+    sure, noisy = _result(3.0, 3.5), _result(3.0, 3.5, noise=0.4)
+    assert sure.cuts[1].retention == noisy.cuts[1].retention == pytest.approx(0.5)
+    assert sure.switched_off == {6: pytest.approx(0.8), 10: pytest.approx(0.4)}
+    assert sure.cuts[1].retention_stderr == pytest.approx(0.0, abs=1e-12)
+    assert noisy.cuts[1].retention_stderr == pytest.approx(0.4 / 4, rel=0.15)  # 0.4 over the root of 16 rows
+    assert pilot_law(noisy).factor > pilot_law(sure).factor
+
+
+def test_trainings_that_diverged_or_learnt_nothing_are_no_pilot() -> None:
+    with pytest.raises(PilotError, match="training diverged"):
+        _result(float("inf"), 3.5)
+    with pytest.raises(PilotError, match=r"15 steps did not improve .*\(4.000 to 4.000 nats\)"):
+        _result(4.0, 3.5)

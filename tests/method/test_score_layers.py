@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from axolotl_layersel.method import scoring_pass
 from axolotl_layersel.method.calibration import Row
-from axolotl_layersel.method.exponent import forward_exponent
+from axolotl_layersel.method.retention import forward_exponent, forward_law, unlike_the_known
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.method.scoring_pass import ScoringError, measure
 from axolotl_layersel.method.transition import RowStatistics
@@ -165,10 +165,13 @@ def test_the_band_is_wider_for_a_model_unlike_the_known_ones_and_a_note_says_why
     scored = score_layers(model, _rows())
     assert any("unlike" in note or "6 layers (known are 12 to 30)" in note for note in scored.notes)
     assert scored.scores.gain_source == "forward" and scored.scores.loss is not None
-    known = forward_exponent(scored.scores.loss, num_layers=12, family="llama")
-    wider = forward_exponent(scored.scores.loss, num_layers=LAYERS, family="llama")
-    assert wider.low < known.low < known.value == wider.value < known.high < wider.high
-    assert scored.scores.exponent == wider.value
+    loss, share_L = scored.scores.loss, np.array(scored.scores.descent)
+    law = forward_law(loss)
+    wider = law.widened(unlike_the_known(loss=loss, num_layers=LAYERS, family="llama"))
+    assert wider.factor > law.factor > 1
+    assert scored.scores.exponent == forward_exponent(loss)
+    assert scored.scores.retention_low == wider.low(share_L).tolist() < law.low(share_L).tolist()
+    assert scored.scores.retention_high == wider.high(share_L).tolist() > law.high(share_L).tolist()
 
 
 def test_the_cut_follows_the_data_where_the_model_has_structure() -> None:

@@ -1,0 +1,86 @@
+"""From the losses of a pilot's held-out rows to the retention that it measured, with its noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axolotl_layersel.method.pilot_size import ROWS_PER_STEP, Size
+from axolotl_layersel.method.pilot_training import PilotError
+from axolotl_layersel.plan_parts import Pilot, PilotCut
+
+Array = NDArray[np.float64]
+
+RESAMPLES = 300
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training."""
+
+    cut: int
+    learning_rate: float
+    losses_H: Array  # summed cross-entropy of each held-out row
+
+
+def result_of(
+    base_H: Array,
+    whole: Arm,
+    part: Arm,
+    off: Mapping[int, Array],
+    *,
+    scored: int,
+    size: Size,
+    rows: int,
+    run_tokens: float,
+    seed: int,
+) -> Pilot:
+    """What the trainings measured.
+
+    Args:
+        base_H: summed cross-entropy of each held-out row before training.
+        whole, part: the training of all layers, and of a suffix.
+        off: cut -> losses of `whole` with its adapters below the cut switched off.
+        scored: held-out scored tokens.
+        rows: trained on.
+        run_tokens: of the run, for the cost.
+        seed: of the resamples.
+
+    Raises:
+        PilotError: nothing was learnt beyond noise, or training diverged.
+    """
+    gained_H, gained_part_H = base_H - whole.losses_H, base_H - part.losses_H
+    if not np.isfinite(gained_H).all() or not np.isfinite(gained_part_H).all():
+        raise PilotError("training diverged")
+    counts_BH = np.random.default_rng(seed).multinomial(
+        len(gained_H), np.full(len(gained_H), 1 / len(gained_H)), size=RESAMPLES
+    )
+    gained_B = counts_BH @ gained_H
+    if gained_H.sum() <= 0 or np.mean(gained_B <= 0) > 0.01:
+        raise PilotError(
+            f"{size.steps} steps did not improve the held-out loss beyond its noise ("
+            f"{base_H.sum() / scored:.3f} to {whole.losses_H.sum() / scored:.3f} nats)"
+        )
+    gain = float(gained_H.sum())
+    return Pilot(
+        steps=size.steps,
+        rows_per_step=ROWS_PER_STEP,
+        rows=rows,
+        heldout_rows=len(gained_H),
+        base_loss=float(base_H.sum() / scored),
+        cuts=[
+            PilotCut(0, whole.learning_rate, float(whole.losses_H.sum() / scored), 1.0, 0.0),
+            PilotCut(
+                part.cut,
+                part.learning_rate,
+                loss=float(part.losses_H.sum() / scored),
+                retention=float(gained_part_H.sum()) / gain,
+                retention_stderr=float((counts_BH @ gained_part_H / gained_B).std()),
+            ),
+        ],
+        switched_off={cut: float((base_H - losses_H).sum()) / gain for cut, losses_H in off.items()},
+        cost_share=size.cost / run_tokens,
+    )

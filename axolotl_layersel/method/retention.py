@@ -1,0 +1,134 @@
+"""What a cut keeps of the improvement, and how well that is known.
+
+Both laws take the shape s(k) of the descent (`gain.py`) and differ in what tells them how steep retention is:
+
+    forward pass alone   retention(k) = s(k) ** exponent, the exponent from the loss before training; a wide band
+    pilot                the pilot's retention at cut a is met; up to a, ln retention is proportional to ln m(k), with
+                         m(k) = sqrt(off(k) * s(k)) and off(k) what the pilot of all layers keeps with its adapters
+                         below k switched off; beyond a it is proportional to ln s(k)
+
+A band is a factor on ln retention, because errors are about as large at .95 as at .5 there. All constants stand in this
+file. They come from `benchmarks/quality`: four small models of 12 and 16 layers (losses of 4.8 to 6.6 nats before
+training) and SmolLM2-135M-Instruct, 30 layers (1.6 to 3.6 nats). A model that is unlike all of them gets a wider band,
+and the log says so; by how much is a guess.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from axolotl_layersel.method.gain import retention, still_to_do
+from axolotl_layersel.plan_parts import Pilot
+
+Array = NDArray[np.float64]
+
+NINE_OF_TEN = 1.645  # standard deviations of a normal distribution on either side
+# Forward pass alone: log(exponent) = a + b * loss, by least squares over 18 pairs of model and task, whose exponents
+# run from .01 to .68, and the standard deviation of its errors.
+FORWARD_LAW = (-0.26, -0.46)
+FORWARD_SPREAD = 0.90
+# Steps of a pilot -> the power that its retention is raised to, because a shorter training leans more on the layers
+# below the cut, and the standard deviation of ln(-ln retention) around the law.
+PILOT_STEPS, PILOT_POWER, PILOT_SPREAD = (8, 15, 40), (0.70, 0.89, 1.0), (0.27, 0.25, 0.25)
+FLOOR = 1e-3  # a share is kept this far from 0 and 1 before its logarithm is taken
+KNOWN_LAYERS, KNOWN_LOSSES, KNOWN_FAMILIES = (12, 30), (1.5, 6.7), ("llama", "gpt_neox")
+UNFAMILIAR_FACTOR = 1.5  # for each thing that was never seen; a guess
+
+
+@dataclass(frozen=True)
+class RetentionLaw:
+    """Retention of every cut from the layers' shares of the descent, with a band of 90 %."""
+
+    curve: Callable[[Array], Array]  # (..., L) shares -> (..., L) retention; entry 0 is 1, never increasing
+    factor: float  # >= 1: in nine of ten cases ln retention is predicted to within this factor
+
+    def low(self, share_L: Array) -> Array:
+        """Lower end of the band, (..., L)."""
+        return np.asarray(self.curve(share_L) ** self.factor)
+
+    def high(self, share_L: Array) -> Array:
+        """Upper end of the band, (..., L)."""
+        return np.asarray(self.curve(share_L) ** (1 / self.factor))
+
+    def widened(self, unlike: Sequence[str]) -> RetentionLaw:
+        """The same with a wider band, for a model that is unlike the known ones in some things."""
+        return replace(self, factor=_combined(self.factor, *[UNFAMILIAR_FACTOR] * len(unlike)))
+
+
+def forward_exponent(loss: float) -> float:
+    """What the forward pass alone says; `loss` is that of the model before training, nats per scored token."""
+    lowest, highest = KNOWN_LOSSES
+    a, b = FORWARD_LAW
+    return math.exp(a + b * min(max(loss, lowest), highest))
+
+
+def forward_law(loss: float) -> RetentionLaw:
+    """Retention as far as the forward pass alone knows it."""
+    exponent = forward_exponent(loss)
+    return RetentionLaw(lambda share_L: retention(share_L, exponent=exponent), math.exp(NINE_OF_TEN * FORWARD_SPREAD))
+
+
+def pilot_law(pilot: Pilot) -> RetentionLaw:
+    """Retention through what a pilot measured; the band counts the noise of its held-out rows as well."""
+    point = pilot.cuts[-1]
+    steps = np.log(PILOT_STEPS)
+    power = float(np.interp(math.log(pilot.steps), steps, PILOT_POWER))
+    spread = float(np.interp(math.log(pilot.steps), steps, PILOT_SPREAD))
+    kept = _inside(point.retention)
+    at_least = _inside(point.retention - NINE_OF_TEN * point.retention_stderr)
+    noise = math.log(at_least) / math.log(kept)
+    return RetentionLaw(
+        lambda share_L: through_pilot(share_L, pilot.switched_off, cut=point.first_trainable, kept=kept**power),
+        _combined(math.exp(NINE_OF_TEN * spread), noise),
+    )
+
+
+def through_pilot(share_L: Array, off: Mapping[int, float], *, cut: int, kept: float) -> Array:
+    """Retention of every cut, (..., L), from the one at `cut`.
+
+    Args:
+        share_L: (..., L) each layer's share of the descent.
+        off: cut -> what the pilot of all layers keeps of its improvement with the adapters below switched off; linear
+            in between.
+        cut: of the other pilot, > 0.
+        kept: retention there, within (0, 1).
+    """
+    left_L = np.clip(still_to_do(share_L), FLOOR, 1.0)
+    cuts = sorted(off)
+    off_L = np.interp(np.arange(left_L.shape[-1]), [0, *cuts], [1.0, *(_inside(off[k]) for k in cuts)])
+    below_L, beyond_L = (np.log(off_L) + np.log(left_L)) / 2, np.log(left_L)
+    log_L = np.where(np.arange(left_L.shape[-1]) <= cut, below_L / below_L[..., [cut]], beyond_L / beyond_L[..., [cut]])
+    log_L[..., 0] = 0.0
+    return np.minimum.accumulate(np.exp(math.log(kept) * log_L), axis=-1)
+
+
+def _inside(share: float) -> float:
+    return min(max(share, FLOOR), 1 - FLOOR)
+
+
+def _combined(*factors: float) -> float:
+    """The factor of independent errors together."""
+    return math.exp(math.hypot(*(math.log(factor) for factor in factors)))
+
+
+def family_of(model: nn.Module) -> str | None:
+    """What transformers calls the architecture."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def unlike_the_known(*, num_layers: int, loss: float, family: str | None) -> list[str]:
+    """In what a model is unlike those that the constants come from."""
+    found = []
+    if not KNOWN_LAYERS[0] <= num_layers <= KNOWN_LAYERS[1]:
+        found.append(f"{num_layers} layers (known are {KNOWN_LAYERS[0]} to {KNOWN_LAYERS[1]})")
+    if not KNOWN_LOSSES[0] <= loss <= KNOWN_LOSSES[1]:
+        found.append(f"a loss of {loss:.2f} nats before training (known are {KNOWN_LOSSES[0]} to {KNOWN_LOSSES[1]})")
+    if family not in KNOWN_FAMILIES:
+        found.append(f"the model family {family} (known are {', '.join(KNOWN_FAMILIES)})")
+    return found
