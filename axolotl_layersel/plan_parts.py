@@ -37,7 +37,7 @@ class Pilot:
     base_loss: float  # on the held-out rows before training, nats per token
     cuts: list[PilotCut]  # all layers, then a sixth of them
     switched_off: dict[int, float]  # cut k -> share of the gain that is left with the adapters below k switched off
-    cost_share: float  # of the run, as planned: tokens times trained layers
+    cost_share: float  # of the run, as planned, in forward passes of the model
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def pilot_settings(settings: RunSettings, sample: Sample, dataset: Any, *, world
     return PilotSettings(
         run_tokens=run_tokens(settings, sample, dataset, world_size=world_size),
         share=options.pilot_share,
+        adapters=settings.adapter is not None,
         checkpointing=settings.checkpointing,
         required=options.pilot is True,
         say=lambda text: LOG.info("layersel: %s", text),

@@ -37,7 +37,7 @@ def low_rank_adapters(stack: DecoderStack, *, first_trainable: int, seed: int) -
     parameters: list[nn.Parameter] = []
     handles = []
     try:
-        for module, inputs, outputs in _linear_modules(stack.layers[first_trainable:]):
+        for module, inputs, outputs in linear_modules(stack.layers[first_trainable:]):
             device = next(module.parameters()).device
             bound = 1 / math.sqrt(inputs)  # as PEFT's own
             drawn = torch.rand(RANK, inputs, generator=generator) * 2 * bound - bound
@@ -52,9 +52,9 @@ def low_rank_adapters(stack: DecoderStack, *, first_trainable: int, seed: int) -
             handle.remove()
 
 
-def _linear_modules(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, int, int]]:
+def linear_modules(within: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, int, int]]:
     """Linear modules with their inputs and outputs, packed in 4 or 8 bit or not."""
-    for module in (module for layer in layers for module in layer.modules()):
+    for module in (module for one in within for module in one.modules()):
         features = getattr(module, "in_features", None), getattr(module, "out_features", None)
         if isinstance(features[0], int) and isinstance(features[1], int):
             yield module, features[0], features[1]

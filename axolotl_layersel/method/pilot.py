@@ -1,6 +1,6 @@
 """A pilot: short trainings on the calibration rows that measure how steep retention is for this model and task.
 
-    one sixth of the layers, at three rates    finds the rate; its best run is the point that the curve goes through
+    one sixth of the layers, at two rates      finds the rate; its best run is the point that the curve goes through
     all layers                                 what that is a share of; then, with its adapters below a cut switched
                                                off, how much of the work lies above, for a few forward passes
 
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +24,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from axolotl_layersel.method.calibration import Row
+from axolotl_layersel.method.low_rank import linear_modules
 from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_size import (
-    FIRST_RATE,
     LEAST_STEPS,
-    MOST_RATES,
-    RATE_STEP,
     ROWS_PER_STEP,
     Size,
-    pilot_cost,
+    Work,
     pilot_cut,
     pilot_size,
     rate_ratio,
     switched_off_cuts,
+    tried_rates,
 )
 from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen
 from axolotl_layersel.method.scoring_pass import out_of_memory
@@ -47,8 +45,8 @@ from axolotl_layersel.plan_parts import Pilot
 
 Array = NDArray[np.float64]
 
-HELDOUT = 0.25  # of the rows
-LEAST_ROWS = 43  # three quarters of them are two epochs of the shortest pilot
+HELDOUT = 3 / 16  # of the rows
+LEAST_ROWS = 32  # most of them are two epochs of the shortest pilot
 MOST_TOKENS = 262_144  # of all rows: what enters a cut is kept for them in main memory
 
 
@@ -58,9 +56,17 @@ class PilotSettings:
 
     run_tokens: float  # that this process trains on in the whole run
     share: float = 0.02  # of the run that the pilot may cost
+    adapters: bool = True  # whether the run trains adapters alone, which saves it the gradients of the weights
     checkpointing: bool = False  # recompute layers in the backward pass, as the run does
     required: bool = False  # stop where no pilot can be run
     say: Callable[[str], None] = lambda text: None  # told about each training
+
+
+def head_size(stack: DecoderStack) -> tuple[int, float]:
+    """The hidden size, and the unembedding's weights over those of a decoder layer, as linear modules count them."""
+    _, width, vocabulary = next(iter(linear_modules([stack.head])))
+    weights = sum(inputs * outputs for _, inputs, outputs in linear_modules(stack.layers))
+    return width, width * vocabulary * stack.num_layers / weights
 
 
 def split_rows(rows: Sequence[Row], *, seed: int) -> tuple[list[int], list[int]]:
@@ -108,15 +114,24 @@ def run_pilot(
     if autocast is torch.float16 or next(model.parameters()).dtype is torch.float16:
         raise PilotError("small gradients vanish in float16; use bf16")
     train, heldout = split_rows(rows, seed=seed)
-    row_tokens = float(np.mean([len(rows[row].input_ids) for row in (*train, *heldout)]))
-    shape: dict[str, Any] = {"row_tokens": row_tokens, "train_rows": len(train), "heldout_rows": len(heldout)}
-    size = pilot_size(settings.share * settings.run_tokens, **shape)
+    width, head_layers = head_size(stack)
+    # A backward pass to inputs alone is about one forward pass, one to weights as well two; recomputing is another.
+    step_passes = 2.0 + settings.checkpointing
+    work = Work(
+        num_layers=stack.num_layers,
+        head_layers=head_layers,
+        row_tokens=float(np.mean([len(rows[row].input_ids) for row in (*train, *heldout)])),
+        train_rows=len(train),
+        heldout_rows=len(heldout),
+        step_passes=step_passes,
+    )
+    run_cost = settings.run_tokens * (step_passes if settings.adapters else step_passes + 1)
+    size = pilot_size(settings.share * run_cost, work)
     if size is None:
-        least = pilot_cost(LEAST_STEPS, **shape)
+        least = work.cost(LEAST_STEPS, ROWS_PER_STEP[-1]) / run_cost
         raise PilotError(
-            f"a run of {settings.run_tokens:,.0f} tokens is too short for a pilot that costs {settings.share:g} of it, "
-            f"which takes {least / settings.share:,.0f} tokens: raise pilot_share to "
-            f"{least / settings.run_tokens:.2g} to have one"
+            f"a run of {settings.run_tokens:,.0f} tokens is too short for a pilot that costs {settings.share:g} of it: "
+            f"raise pilot_share to {least + 5e-4:.3f} to have one"
         )
     started = time.perf_counter()
     while True:
@@ -126,13 +141,15 @@ def run_pilot(
             rows=rows,
             train=train,
             heldout=heldout,
-            rows_per_step=ROWS_PER_STEP,
+            rows_per_step=size.rows_per_step,
             batch_tokens=batch_tokens,
             checkpointing=settings.checkpointing,
         )
         try:
             with left_as_found(model, autocast=autocast), frozen(model), _uncached(autocast, trainer.device):
-                found = _train_arms(trainer, size, settings, seed=seed)
+                found = _train_arms(
+                    trainer, size, size.cost / run_cost, tried_rates(width), seed=seed, say=settings.say
+                )
             break
         except (RuntimeError, MemoryError) as error:
             longest = max(len(rows[row].input_ids) for row in (*train, *heldout))
@@ -151,7 +168,9 @@ def _uncached(autocast: torch.dtype | None, device: torch.device) -> AbstractCon
     return nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast, cache_enabled=False)
 
 
-def _train_arms(trainer: Trainer, size: Size, settings: PilotSettings, *, seed: int) -> Pilot:
+def _train_arms(
+    trainer: Trainer, size: Size, cost_share: float, rates: Sequence[float], *, seed: int, say: Callable[[str], None]
+) -> Pilot:
     """A sixth of the layers at its best rate, then all layers at the rate that follows from it."""
     layers = trainer.stack.num_layers
     sixth, cuts = pilot_cut(layers), switched_off_cuts(layers)
@@ -168,24 +187,14 @@ def _train_arms(trainer: Trainer, size: Size, settings: PilotSettings, *, seed: 
         losses_H, *off = trainer.trained(
             cut, learning_rate=own_rate, steps=size.steps, seed=seed, judged_from=judged_from
         )
-        settings.say(
+        say(
             f"pilot, layers {cut} to {layers - 1} at rate {own_rate:.2g}: "
             f"{base_H.sum() / scored:.3f} to {losses_H.sum() / scored:.3f} nats"
         )
         return Arm(cut, own_rate, losses_H), off
 
-    tried: dict[float, Arm] = {}
-    best, step = FIRST_RATE, 1 / RATE_STEP
-    tried[best] = train(sixth, best)[0]
-    while len(tried) < MOST_RATES:
-        rate = best * step
-        tried[rate] = train(sixth, rate)[0]
-        if tried[rate].losses_H.sum() < tried[best].losses_H.sum():
-            best = rate
-        else:
-            step = 1 / step
-            if best * step in tried:
-                break
+    tried = {rate: train(sixth, rate)[0] for rate in rates}
+    best = min(tried, key=lambda rate: tried[rate].losses_H.sum())
     whole, off = train(0, best, cuts)
     return result_of(
         base_H,
@@ -195,7 +204,7 @@ def _train_arms(trainer: Trainer, size: Size, settings: PilotSettings, *, seed: 
         scored=scored,
         size=size,
         rows=len(used),
-        run_tokens=settings.run_tokens,
+        cost_share=cost_share,
         seed=seed,
     )
 

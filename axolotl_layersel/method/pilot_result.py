@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from axolotl_layersel.method.pilot_size import ROWS_PER_STEP, Size
+from axolotl_layersel.method.pilot_size import Size
 from axolotl_layersel.method.pilot_training import PilotError
 from axolotl_layersel.plan_parts import Pilot, PilotCut
 
@@ -35,7 +35,7 @@ def result_of(
     scored: int,
     size: Size,
     rows: int,
-    run_tokens: float,
+    cost_share: float,
     seed: int,
 ) -> Pilot:
     """What the trainings measured.
@@ -46,7 +46,7 @@ def result_of(
         off: cut -> losses of `whole` with its adapters below the cut switched off.
         scored: held-out scored tokens.
         rows: trained on.
-        run_tokens: of the run, for the cost.
+        cost_share: of the run.
         seed: of the resamples.
 
     Raises:
@@ -67,7 +67,7 @@ def result_of(
     gain = float(gained_H.sum())
     return Pilot(
         steps=size.steps,
-        rows_per_step=ROWS_PER_STEP,
+        rows_per_step=size.rows_per_step,
         rows=rows,
         heldout_rows=len(gained_H),
         base_loss=float(base_H.sum() / scored),
@@ -82,5 +82,5 @@ def result_of(
             ),
         ],
         switched_off={cut: float((base_H - losses_H).sum()) / gain for cut, losses_H in off.items()},
-        cost_share=size.cost / run_tokens,
+        cost_share=cost_share,
     )

@@ -3,7 +3,8 @@
 A grid file lists entries; each is expanded over tasks, seeds and cuts, in the order in which it should be known:
 {"kind": "cut", "tasks": ["gsm8k"], "rates": {"0": 0.003, "29": 0.012}, "seeds": [0], "steps": 40}
 `blocks` ([[0, 4], [5, 9]]) with one `rate` takes the place of `rates` for layers trained alone; `{"kind": "signals"}`
-is what is measured before training. Any number of workers may share a folder: a run is claimed by a lock that its
+is what is measured before training; `{"kind": "choice"}` is what the plugin itself says before a run of so many steps,
+its pilot included. Any number of workers may share a folder: a run is claimed by a lock that its
 process holds, so that a killed one is free again.
 """
 
@@ -23,7 +24,7 @@ class Job:
 
     model: str
     task: str
-    kind: str  # `cut`, `block`, `full`, `signals`
+    kind: str  # `cut`, `block`, `full`, `signals`, `choice`
     index: int = 0
     last: int | None = None
     learning_rate: float = 0.0
@@ -35,6 +36,8 @@ class Job:
     def name(self) -> str:
         if self.kind == "signals":
             return f"{self.task}/signals"
+        if self.kind == "choice":
+            return f"{self.task}/choice-s{self.seed}-n{self.steps}"
         layers = f"{self.index}" if self.last is None else f"{self.index}-{self.last}"
         return f"{self.task}/{self.kind}-{layers}-lr{self.learning_rate:g}-s{self.seed}-n{self.steps}"
 
@@ -55,6 +58,8 @@ def _of_entry(entry: dict[str, Any], model: str, task: str, seed: int) -> Iterat
         yield Job(model, task, "signals")
         return
     common = {"seed": seed, "steps": entry["steps"]}
+    if entry["kind"] == "choice":
+        yield Job(model, task, "choice", **common)
     for first, last in entry.get("blocks", []):
         yield Job(model, task, entry["kind"], first, last, entry["rate"], **common)
     for index, rates in entry.get("rates", {}).items():

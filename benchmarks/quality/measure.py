@@ -1,4 +1,5 @@
-"""What can be measured before training on a real model: deviations of every state and row, gradients of every layer.
+"""What can be measured before training on a real model: deviations of every state and row, gradients of every layer,
+and what the plugin itself makes of a sample of rows.
 
 Forward-only signals come from one pass in bfloat16 autocast over the calibration rows; sums are kept for each row. The
 gradients come from one backward pass through fresh adapters over the same rows: at initialisation only LoRA's B has
@@ -6,7 +7,9 @@ one, and its L1 norm is what Adam's first step gains.
 """
 
 import copy
+import random
 import time
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,10 @@ from students import Row, by_length, pad
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from axolotl_layersel.method import calibration
 from axolotl_layersel.method.label_semantics import semantic_bases
+from axolotl_layersel.method.pilot import PilotSettings
+from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.method.transition import cosine_deviation
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.latent_states import read_states
@@ -97,3 +103,21 @@ def gradient_signals(model: PreTrainedModel, rows: list[Row]) -> dict[str, list[
         found["gradient"].append(sum(float(g.pow(2).sum()) for g in grads) ** 0.5)
         found["gradient_l1"].append(sum(float(g.abs().sum()) for g in grads))
     return {name: [float(f"{x:.5g}") for x in values] for name, values in found.items()}
+
+
+def choose(
+    model: PreTrainedModel, train: list[Row], *, rows: int, steps: int, rows_per_step: int, seed: int
+) -> dict[str, object]:
+    """Scores as the plugin stores them, from a sample of rows, with the pilot that a run of so many steps pays for."""
+    drawn = [calibration.Row(tuple(ids), tuple(labels)) for ids, labels in random.Random(seed).sample(train, rows)]
+    length = sum(len(row.input_ids) for row in drawn) / len(drawn)
+    pilot = PilotSettings(
+        run_tokens=steps * rows_per_step * length, required=True, say=lambda text: print(text, flush=True)
+    )
+    found, seconds = {}, {}
+    for name, settings in (("forward", None), ("pilot", pilot)):
+        started = time.process_time()
+        scored = score_layers(model, drawn, pilot=settings, seed=seed, autocast=torch.bfloat16)
+        seconds[name] = round(time.process_time() - started, 1)
+        found[name] = asdict(scored.scores)
+    return {"scores": found, "cpu_seconds": seconds}

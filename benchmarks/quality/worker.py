@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from jobs import Folder, Job, expand
-from measure import measure_signals
+from measure import choose, measure_signals
 from pretrain import read_documents, split_documents
 from states import read_cached, read_rows, write_rows, write_states
 from students import check_upper_part, finetune, load_model, row_losses, scored, trainable, upper_part
@@ -85,6 +85,9 @@ class Worker:
         if job.kind == "signals":
             rows = data.train[: self.grid["signal_rows"]]
             found: dict[str, Any] = {"base": base, **measure_signals(self.model, rows)}
+        elif job.kind == "choice":
+            size = {"rows": self.grid["calibration_rows"], "rows_per_step": self.grid["rows"]}
+            found = choose(self.model, data.train, steps=job.steps, seed=job.seed, **size)
         else:
             student = trainable(
                 self.model, kind=job.kind, cut=job.index, last=job.last, seed=job.seed, rank=self.grid["rank"]
@@ -116,7 +119,7 @@ def row_tokens(data: Rows) -> list[int]:
 
 def show_plan(grid: dict[str, Any], folder: Folder) -> None:
     """Runs that are left, and their hours in one worker, by the seconds of those that are done."""
-    jobs = [job for job in expand(grid, "") if job.kind != "signals"]
+    jobs = [job for job in expand(grid, "") if job.kind not in ("signals", "choice")]
     layers = grid["depths"][-1] + 1
     done = [job for job in jobs if folder.result(job).exists()]
     size = {job: job.steps * (layers - job.index + 2) for job in jobs}  # the unembedding costs about two layers

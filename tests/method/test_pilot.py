@@ -20,16 +20,16 @@ from axolotl_layersel.method.low_rank import low_rank_adapters
 from axolotl_layersel.method.pilot import PilotSettings, run_pilot
 from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_size import (
-    FIRST_RATE,
     LEAST_STEPS,
     MOST_EPOCHS,
-    RATE_STEP,
     Size,
-    pilot_cost,
+    Work,
+    first_rate,
     pilot_cut,
     pilot_size,
     rate_ratio,
     switched_off_cuts,
+    tried_rates,
 )
 from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen, rate_at
 from axolotl_layersel.method.retention import pilot_law
@@ -68,7 +68,7 @@ def test_it_trains_a_sixth_and_all_layers_and_both_learn(found: Pilot) -> None:
     assert every.loss < found.base_loss and sixth.loss < found.base_loss
     gain = found.base_loss - every.loss
     assert (every.retention, sixth.retention) == (1.0, pytest.approx((found.base_loss - sixth.loss) / gain))
-    assert (found.rows, found.heldout_rows) == (36, 12)
+    assert (found.rows, found.heldout_rows) == (39, 9)
     assert found.cost_share <= LONG.share
 
 
@@ -94,17 +94,22 @@ def test_adapters_below_a_cut_are_switched_off_by_starting_there(trainer: Traine
     assert not np.allclose(started, whole, rtol=1e-3)
 
 
-def test_the_rate_is_the_best_of_three_and_grows_as_fewer_layers_are_trained() -> None:
+def test_the_rate_is_the_better_of_two_and_grows_as_fewer_layers_are_trained() -> None:
     told: list[str] = []
     settings = PilotSettings(run_tokens=1e6, say=told.append)
     every, sixth = _pilot(tiny_llama(num_layers=LAYERS), settings=settings).cuts
     assert sixth.learning_rate / every.learning_rate == pytest.approx(6**0.25)
     assert rate_ratio(0, 30) == 1.0
     searched = [line for line in told if line.startswith("pilot, layers 5 to 5")]
-    assert len(searched) == 3
-    losses = [float(line.split()[-2]) for line in searched]
-    assert sixth.loss == pytest.approx(min(losses), abs=6e-4)
-    assert every.learning_rate in [pytest.approx(FIRST_RATE * RATE_STEP**power) for power in (-2, -1, 0, 1)]
+    assert len(searched) == 2
+    assert sixth.loss == pytest.approx(min(float(line.split()[-2]) for line in searched), abs=6e-4)
+    assert every.learning_rate in tried_rates(32)
+
+
+def test_the_rates_tried_lie_around_the_one_for_the_width() -> None:
+    high, low = tried_rates(576)
+    assert high / low == pytest.approx(3) and high * low == pytest.approx(3e-3**2)
+    assert first_rate(4 * 576) == pytest.approx(first_rate(576) / 2)
 
 
 def test_equal_inputs_give_equal_pilots(found: Pilot) -> None:
@@ -215,45 +220,59 @@ def test_the_cuts_lie_at_a_quarter_half_two_thirds_and_five_sixths(layers: int, 
     assert pilot_cut(layers) == cuts[-1]
 
 
+def _work(**other: float) -> Work:
+    values = {"num_layers": 12, "head_layers": 1.0, "row_tokens": 100.0, "train_rows": 96, "heldout_rows": 24}
+    return Work(**{**values, "step_passes": 2.0, **other})  # type: ignore[arg-type]
+
+
 def test_a_pilot_is_as_long_as_its_budget_allows_and_never_costs_more() -> None:
-    shape = {"row_tokens": 100.0, "train_rows": 96, "heldout_rows": 32}
-    sizes = [pilot_size(budget, **shape) for budget in range(0, 300_000, 2_000)]
+    work, budgets = _work(), range(0, 800_000, 2_000)
+    sizes = [pilot_size(budget, work) for budget in budgets]
     assert sizes[0] is None and sizes[-1] is not None
     assert sizes[-1].steps == MOST_EPOCHS * 96 / 8
-    for budget, size in zip(range(0, 300_000, 2_000), sizes, strict=True):
+    for budget, size in zip(budgets, sizes, strict=True):
         if size is None:
-            assert pilot_cost(LEAST_STEPS, **shape) > budget
+            assert work.cost(LEAST_STEPS, 6) > budget
         else:
-            assert size.cost <= budget
-            assert size.steps == sizes[-1].steps or pilot_cost(size.steps + 1, **shape) > budget
+            assert size.cost == work.cost(size.steps, size.rows_per_step) <= budget
+            assert size.steps == sizes[-1].steps or work.cost(size.steps + 1, size.rows_per_step) > budget
+    assert {size.rows_per_step for size in sizes if size} == {6, 8}
 
 
-def test_the_planned_cost_is_that_of_the_layers_that_run() -> None:
-    """Counted: rows of every layer's forward pass, three times where a backward pass follows, over layers."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_planned_cost_is_that_of_the_layers_that_run(checkpointing: bool) -> None:
+    """Counted: rows of every layer's and the unembedding's forward pass, doubled where a backward pass follows."""
     model, rows = tiny_llama(num_layers=LAYERS), [Row((1, 2, 3, 4) * 3, (-100, 2, 3, 4) * 3) for _ in range(48)]
-    passes = 0.0
+    settings = PilotSettings(run_tokens=1e6, checkpointing=checkpointing)
+    head_layers = pilots.head_size(find_stack(model))[1]
+    whole, passes = LAYERS + head_layers, 0.0
 
-    def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal passes
-        states = args[0] if args else kwargs["hidden_states"]
-        passes += states.shape[0] * (1 if not torch.is_grad_enabled() else 3) / LAYERS
+    def count(layers: float) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal passes
+            states = args[0] if args else kwargs["hidden_states"]
+            passes += states.shape[0] * layers / whole * (2 if torch.is_grad_enabled() else 1)
+
+        return hook
 
     # A layer that is passed over is called as well, its attention is not.
-    hooks = [layer.self_attn.register_forward_pre_hook(count, with_kwargs=True) for layer in model.model.layers]
+    hooks = [layer.self_attn.register_forward_pre_hook(count(1), with_kwargs=True) for layer in model.model.layers]
+    hooks.append(model.lm_head.register_forward_pre_hook(count(head_layers), with_kwargs=True))
     try:
-        result = _pilot(model, rows, batch_tokens=96)
+        result = _pilot(model, rows, batch_tokens=96, settings=settings)
     finally:
         for hook in hooks:
             hook.remove()
-    planned = 3 * result.cost_share * LONG.run_tokens / 12
-    assert passes == pytest.approx(planned, rel=0.05)
+    planned = result.cost_share * settings.run_tokens * (2 + checkpointing) / 12
+    # With checkpointing a layer is called twice as often with gradients, and the unembedding is not.
+    assert passes == pytest.approx(planned * (4 / 3 if checkpointing else 1), rel=0.1 if checkpointing else 0.05)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"settings": PilotSettings(run_tokens=1000)}, "a run of 1,000 tokens is too short .*raise pilot_share to"),
-        ({"rows": _rows(20)}, "20 calibration rows .* are too few, at least 43"),
+        ({"rows": _rows(20)}, "20 calibration rows .* are too few, at least 32"),
         ({"autocast": torch.float16}, "float16; use bf16"),
     ],
 )
@@ -266,7 +285,7 @@ def test_what_cannot_be_learnt_is_no_pilot(monkeypatch: pytest.MonkeyPatch) -> N
     """Labels without any pattern: held-out rows gain nothing."""
     rng = random.Random(3)
     rows = [Row(tuple(ids), tuple(ids)) for ids in ([rng.randrange(61) for _ in range(9)] for _ in range(48))]
-    monkeypatch.setattr(pilots, "FIRST_RATE", 1e-5)
+    monkeypatch.setattr(pilots, "tried_rates", lambda width: [1e-5])
     with pytest.raises(PilotError, match="did not improve the held-out loss beyond its noise"):
         _pilot(tiny_llama(num_layers=LAYERS), rows)
 
@@ -314,9 +333,9 @@ def _result(whole: float, part: float, *, noise: float = 0.0) -> Pilot:
         Arm(10, 2e-3, part * ones + wave),
         {6: 3.2 * ones, 10: 3.6 * ones},
         scored=16,
-        size=Size(steps=15, cost=1.0),
+        size=Size(steps=15, rows_per_step=8, cost=1.0),
         rows=48,
-        run_tokens=1e3,
+        cost_share=0.01,
         seed=0,
     )
 
