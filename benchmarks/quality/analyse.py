@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from curves import Curve, read
@@ -155,7 +156,7 @@ def show_choices(curves: list[Curve]) -> None:
     """What a coverage keeps when it is chosen by a law and the end of its band, and a fixed cut at the same cost."""
     ready = [c for c in curves if "rows" in c.signals and len(c.retention()) > 2]
     rows: list[list[object]] = []
-    for name in [n for n in laws_of(ready) if n.startswith(("equal", "cosine")) or n.endswith("mixed, pilot at 25")]:
+    for name in [n for n in laws_of(ready) if n.startswith(("equal", "cosine")) or n.endswith(": plugin")]:
         found = left_out(ready, laws_of(ready)[name])
         for z in (0.0, 1.0, 1.645) if found else ():
             for coverage in COVERAGES:
@@ -173,6 +174,49 @@ def show_choices(curves: list[Curve]) -> None:
     table(
         "Coverage kept: cut chosen by the band's lower end (z standard deviations), law of the other tasks",
         ["law", "coverage", "z", "cuts", "kept, mean", "least", "step cost",
+         "fixed cut at that cost keeps (mean, least)", "rank correlation with the measured cut"], rows,
+    )  # fmt: skip
+
+
+def show_plugin(curves: list[Curve]) -> None:
+    """What the plugin said before runs of some lengths, as it stood when it ran, against what was measured."""
+    by_length: dict[tuple[str, int], list[tuple[Curve, dict[str, Any]]]] = {}
+    rows: list[list[object]] = []
+    for c in curves:
+        kept = {k: r for k, r in c.retention().items() if k}
+        for run in (run for run in c.runs if run["kind"] == "choice" and len(kept) > 1):
+            pilot = run["scores"]["pilot"]["pilot"]
+            for name, scores in run["scores"].items():
+                by_length.setdefault((name, run["steps"]), []).append((c, scores))
+                missed = np.array([scores["retention"][k] - r for k, r in kept.items()])
+                inside = [scores["retention_low"][k] <= r <= scores["retention_high"][k] for k, r in kept.items()]
+                rows.append([
+                    c.task, run["seed"], run["steps"], pilot["steps"] if name == "pilot" else "none",
+                    pilot["cost_share"] if name == "pilot" else 0.0, run["cpu_seconds"][name],
+                    float(np.abs(missed).mean()), f"{missed.mean():+.3f}", f"{sum(inside)} of {len(inside)}",
+                    *(next(k for k in reversed(range(c.layers)) if scores["retention_low"][k] >= x) for x in COVERAGES),
+                ])  # fmt: skip
+    table(
+        "What the plugin says before a run, against what was measured",
+        ["task", "seed", "steps of the run", "of the pilot", "planned cost", "CPU s", "mean error", "bias",
+         "within the band", *(f"cut at {x:.2f}" for x in COVERAGES)], rows,
+    )  # fmt: skip
+    rows = []
+    for (name, steps), found in sorted(by_length.items()):
+        for coverage in COVERAGES:
+            cuts = [chosen_cut(np.array(scores["retention_low"]), coverage) for _, scores in found]
+            kept_there = [measured_at(c.retention(), cut) for (c, _), cut in zip(found, cuts, strict=True)]
+            fixed = float(np.mean(cuts))
+            same = [measured_at(c.retention(), fixed) for c, _ in found]
+            own = [float(np.interp(-coverage, *by_retention(c.retention()))) for c, _ in found]
+            rho = spearmanr(cuts, own)[0] if len(set(cuts)) > 1 else float("nan")
+            rows.append([
+                name, steps, coverage, len(found), float(np.mean(kept_there)), min(kept_there),
+                1 - fixed / found[0][0].layers / 2, f"{np.mean(same):.3f}, {min(same):.3f}", f"{rho:.2f}",
+            ])  # fmt: skip
+    table(
+        "Coverage kept by the plugin's choice",
+        ["law", "steps of the run", "coverage", "choices", "kept, mean", "least", "step cost",
          "fixed cut at that cost keeps (mean, least)", "rank correlation with the measured cut"], rows,
     )  # fmt: skip
 
@@ -208,6 +252,7 @@ def main() -> None:
     show_laws(curves, toys)
     show_pilot_laws(curves)
     show_choices(curves)
+    show_plugin(curves)
 
 
 if __name__ == "__main__":

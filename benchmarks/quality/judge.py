@@ -4,27 +4,44 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from curves import Array, Curve
-from laws import FLOOR, leave_out, miss, mixed, shapes, switched_off, through_pilots
+from laws import FLOOR, leave_out, miss, shapes, switched_off, through_pilots
+
+from axolotl_layersel.method.gain import descent as descent_shares
+from axolotl_layersel.method.pilot_size import pilot_cut, switched_off_cuts
+from axolotl_layersel.method.retention import through_pilot
 
 Law = Callable[[Curve, float], Array | None]  # the curve of one task for a power or exponent, None without its runs
 
 
 def pilot_law(steps: int, shape: str, anchors: tuple[int, ...]) -> Law:
-    """Shape `equal`, `cosine`, `off` or `mixed`, through pilots at the anchors; without any, shape ** power."""
+    """Shape `equal`, `cosine` or `off`, through pilots at the anchors; without any, shape ** power."""
 
     def law(c: Curve, power: float) -> Array | None:
         descent = shapes(c)["cosine"]
-        if shape in ("off", "mixed"):
+        if shape == "off":
             if steps not in c.switched_off:
                 return None
-            off = switched_off(c.switched_off[steps], c.layers)
-            shape_L = off if shape == "off" else mixed(off, descent)
+            shape_L = switched_off(c.switched_off[steps], c.layers)
         else:
             shape_L = shapes(c)[shape]
         if not anchors:
             return np.asarray(np.maximum(shape_L, FLOOR) ** power)
         kept = {k: r for k, r in c.retention(steps=steps).items() if k in anchors}
         return through_pilots(shape_L, kept, power, beyond=descent) if set(kept) == set(anchors) else None
+
+    return law
+
+
+def plugin_law(steps: int) -> Law:
+    """The plugin's own law, from the runs of a grid that are as short as its pilot."""
+
+    def law(c: Curve, power: float) -> Array | None:
+        cut, kept = pilot_cut(c.layers), c.retention(steps=steps)
+        if steps not in c.switched_off or cut not in kept:
+            return None
+        off = {k: c.switched_off[steps][k] for k in switched_off_cuts(c.layers)}
+        share_L = descent_shares(c.state_mean("cosine"))
+        return through_pilot(share_L, off, cut=cut, kept=float(np.clip(kept[cut], FLOOR, 1 - FLOOR)) ** power)
 
     return law
 
@@ -67,12 +84,12 @@ def left_out(curves: list[Curve], law: Law) -> list[tuple[Curve, Array, float]]:
 
 def laws_of(curves: list[Curve]) -> dict[str, Law]:
     found = {"equal weights, one exponent": pilot_law(0, "equal", ()), "cosine": pilot_law(0, "cosine", ())}
-    for steps in sorted({r["steps"] for c in curves for r in c.runs if 0 < r["steps"] < c.steps}, reverse=True):
+    for steps in sorted({steps for c in curves for steps in c.switched_off if steps < c.steps}, reverse=True):
         found[f"{steps}: off"] = pilot_law(steps, "off", ())
         for anchors in ((15,), (25,), (15, 25)):
-            for shape in ("equal", "cosine", "off", "mixed"):
-                name = f"{steps}: {shape}, pilot at {' and '.join(map(str, anchors))}"
-                found[name] = pilot_law(steps, shape, anchors)
+            name = f"{steps}: cosine, pilot at {' and '.join(map(str, anchors))}"
+            found[name] = pilot_law(steps, "cosine", anchors)
+        found[f"{steps}: plugin"] = plugin_law(steps)
     return found
 
 

@@ -83,11 +83,6 @@ def switched_off(left: Mapping[int, float], layers: int) -> Array:
     return _inside(np.interp(np.arange(layers), [0, *cuts], [1.0, *(left[cut] for cut in cuts)]))
 
 
-def mixed(off_L: Array, descent_L: Array) -> Array:
-    """Geometric mean of the switched-off curve and the descent."""
-    return np.sqrt(_inside(off_L) * _inside(descent_L))
-
-
 def through_pilots(shape_L: Array, kept: Mapping[int, float], power: float = 1.0, *, beyond: Array) -> Array:
     """Retention of every cut from pilots at a few: ln retention is piecewise linear in ln shape, from (0, 0) on.
 
