@@ -85,12 +85,18 @@ def _send(trainer: Trainer, logs: dict[str, float], *, everything: dict[str, flo
 def _main_values(plan: Plan) -> dict[str, float]:
     """The numbers that stand for the plan as a whole."""
     k = plan.first_trainable
+    pilot = plan.scores.pilot if plan.scores else None
+    point = pilot.cuts[-1] if pilot else None
     main = {
         "first_trainable": float(k),
         "trained_layers": float(plan.num_layers - k),
         "num_layers": float(plan.num_layers),
         "scoring_seconds": plan.seconds,
         "predicted/retention": plan.scores.retention[k] if plan.scores else None,
+        "pilot/first_trainable": float(point.first_trainable) if point else None,
+        "pilot/retention": point.retention if point else None,
+        "pilot/retention_stderr": point.retention_stderr if point else None,
+        "pilot/cost_share": pilot.cost_share if pilot else None,
         "stability": shares(plan.scores.stability).get(k, 0.0) if plan.scores else None,
         **{f"predicted/{name}": getattr(plan.prediction, name, None) for name in ("forward", *COSTS)},
     }

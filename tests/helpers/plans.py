@@ -10,7 +10,7 @@ import numpy as np
 
 from axolotl_layersel.method import gain as gains
 from axolotl_layersel.plan import Plan
-from axolotl_layersel.plan_parts import CostOfCuts, Prediction, ScoredSample, Scores, StepAmounts
+from axolotl_layersel.plan_parts import CostOfCuts, Pilot, PilotCut, Prediction, ScoredSample, Scores, StepAmounts
 
 
 def scored_plan(
@@ -57,6 +57,12 @@ def scored_plan(
         "seconds": 21.5,
     }
     return Plan(**{**values, **overrides})
+
+
+def pilot(*, first_trainable: int = 10) -> Pilot:
+    """A pilot that kept 0.6 with the layers from `first_trainable` on."""
+    cuts = [PilotCut(0, 3e-3, 2.0, 1.0, 0.0), PilotCut(first_trainable, 4.7e-3, 2.2, 0.6, 0.03)]
+    return Pilot(8, 8, 64, 24, 2.5, cuts, switched_off={6: 0.8, first_trainable: 0.4}, cost_share=0.019)
 
 
 def sample(*datasets: str) -> ScoredSample:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plans import given_plan, scored_plan
+from plans import given_plan, pilot, scored_plan
 from tiny import VOCABULARY, tiny_llama
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -92,6 +92,13 @@ def test_values_are_flat_named_and_finite(plan: Plan) -> None:
     assert [flat[f"layersel/descent/layer_{i}"] for i in range(3)] == plan.scores.descent
     assert flat["layersel/predicted/retention"] == plan.scores.retention[1]
     assert all(type(value) is float and math.isfinite(value) for value in flat.values())
+
+
+def test_a_pilot_s_own_numbers_are_there_where_there_was_one() -> None:
+    flat = values(scored_plan(scores={"pilot": pilot()}))
+    names = ("first_trainable", "retention", "retention_stderr", "cost_share")
+    assert [flat[f"layersel/pilot/{name}"] for name in names] == [10.0, 0.6, 0.03, 0.019]
+    assert not [name for name in values(scored_plan()) if "pilot" in name]
 
 
 def test_layer_names_sort_in_the_order_of_the_layers() -> None:
