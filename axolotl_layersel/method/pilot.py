@@ -7,7 +7,7 @@
 The best rate grows a little as fewer layers are trained (`rate_ratio`), so the search runs where it is cheapest, and
 where retention is neither near 1 nor near 0. `retention.py` makes a curve of what is found here.
 
-The pilot costs a given share of the run (`pilot_share`), in tokens times trained layers; where that does not pay for
+The pilot costs a given share of the run (`pilot_share`), in forward passes of the model; where that does not pay for
 the smallest one, or the model cannot be piloted, the forward pass alone has to do, with a wider band.
 """
 
@@ -45,8 +45,8 @@ from axolotl_layersel.plan_parts import Pilot
 
 Array = NDArray[np.float64]
 
-HELDOUT = 3 / 16  # of the rows
-LEAST_ROWS = 32  # most of them are two epochs of the shortest pilot
+HELDOUT, LEAST_HELDOUT = 3 / 16, 12  # share of the rows, and rows
+LEAST_ROWS = 40  # two epochs of the shortest pilot, and the held-out ones
 MOST_TOKENS = 262_144  # of all rows: what enters a cut is kept for them in main memory
 
 
@@ -63,9 +63,16 @@ class PilotSettings:
 
 
 def head_size(stack: DecoderStack) -> tuple[int, float]:
-    """The hidden size, and the unembedding's weights over those of a decoder layer, as linear modules count them."""
-    _, width, vocabulary = next(iter(linear_modules([stack.head])))
+    """The hidden size, and the unembedding's weights over those of a decoder layer, as linear modules count them.
+
+    Raises:
+        PilotError: one of them has no linear module.
+    """
+    head = next(iter(linear_modules([stack.head])), None)
     weights = sum(inputs * outputs for _, inputs, outputs in linear_modules(stack.layers))
+    if head is None or not weights:
+        raise PilotError(f"the {'decoder layers have' if head else 'unembedding has'} no linear module")
+    _, width, vocabulary = head
     return width, width * vocabulary * stack.num_layers / weights
 
 
@@ -83,7 +90,7 @@ def split_rows(rows: Sequence[Row], *, seed: int) -> tuple[list[int], list[int]]
             f"{len(chosen)} calibration rows of at most {MOST_TOKENS} tokens together are too few, at least "
             f"{LEAST_ROWS} are needed: raise num_samples, or lower sequence_len"
         )
-    heldout = round(HELDOUT * len(chosen))
+    heldout = max(round(HELDOUT * len(chosen)), LEAST_HELDOUT)
     return sorted(chosen[heldout:]), sorted(chosen[:heldout])
 
 

@@ -221,6 +221,24 @@ def show_plugin(curves: list[Curve]) -> None:
     )  # fmt: skip
 
 
+def show_equal_time(curves: list[Curve]) -> None:
+    """Runs that spend on more steps what their backward pass saves, against all layers in the usual number of steps."""
+    rows: list[list[object]] = []
+    for c in curves:
+        for run in (run for run in c.runs if run["kind"] == "cut" and run["steps"] > c.steps and run["index"]):
+            if abs(run["steps"] * (1 - run["index"] / c.layers / 2) - c.steps) <= 1:
+                whole = c.best()[0][run["seed"]]["loss"]
+                gain = (c.base - run["loss"]) / (c.base - whole)
+                rows.append([c.task, run["index"], run["steps"], c.base, whole, run["loss"], gain])
+    table(
+        "Equal time: improvement as a share of that of all layers",
+        ["task", "cut", "steps", "base", f"all layers, {curves[0].steps} steps", "loss", "share"], rows,
+    )  # fmt: skip
+    if rows:
+        shares = np.array([row[-1] for row in rows], float)
+        print(f"\nMedian {np.median(shares):.3f}, at least 1 in {(shares >= 1).sum()} of {len(shares)}")
+
+
 def save(source: Path, folder: Path) -> None:
     """The raw runs and signals of a worker's folder, small enough for a repository."""
     (folder / "signals").mkdir(parents=True, exist_ok=True)
@@ -253,6 +271,7 @@ def main() -> None:
     show_pilot_laws(curves)
     show_choices(curves)
     show_plugin(curves)
+    show_equal_time(curves)
 
 
 if __name__ == "__main__":
