@@ -1,11 +1,11 @@
 """A pilot: short trainings on the calibration rows that measure how steep retention is for this model and task.
 
-    one sixth of the layers, at two rates      finds the rate; its best run is the point that the curve goes through
-    all layers                                 what that is a share of; then, with its adapters below a cut switched
-                                               off, how much of the work lies above, for a few forward passes
+    a sixth of the layers    the point that the curve goes through, where retention is neither near 1 nor near 0
+    all layers               what that is a share of; then, with its adapters below a cut switched off, how much of the
+                             work lies above, for a few forward passes
 
-The best rate grows a little as fewer layers are trained (`rate_ratio`), so the search runs where it is cheapest, and
-where retention is neither near 1 nor near 0. `retention.py` makes a curve of what is found here.
+Both run at the rate that is usual for the hidden size, and at half and twice of it where the budget allows; the best
+counts. `retention.py` makes a curve of what is found here.
 
 The pilot costs a given share of the run (`pilot_share`), in forward passes of the model; where that does not pay for
 the smallest one, or the model cannot be piloted, the forward pass alone has to do, with a wider band.
@@ -35,7 +35,7 @@ from axolotl_layersel.method.pilot_size import (
     pilot_size,
     rate_ratio,
     switched_off_cuts,
-    tried_rates,
+    usual_rate,
 )
 from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen
 from axolotl_layersel.method.scoring_pass import out_of_memory
@@ -135,7 +135,7 @@ def run_pilot(
     run_cost = settings.run_tokens * (step_passes if settings.adapters else step_passes + 1)
     size = pilot_size(settings.share * run_cost, work)
     if size is None:
-        least = work.cost(LEAST_STEPS, ROWS_PER_STEP[-1]) / run_cost
+        least = work.cost(LEAST_STEPS, ROWS_PER_STEP[-1], 1) / run_cost
         raise PilotError(
             f"a run of {settings.run_tokens:,.0f} tokens is too short for a pilot that costs {settings.share:g} of it: "
             f"raise pilot_share to {least + 5e-4:.3f} to have one"
@@ -154,9 +154,7 @@ def run_pilot(
         )
         try:
             with left_as_found(model, autocast=autocast), frozen(model), _uncached(autocast, trainer.device):
-                found = _train_arms(
-                    trainer, size, size.cost / run_cost, tried_rates(width), seed=seed, say=settings.say
-                )
+                found = _train_arms(trainer, size, size.cost / run_cost, usual_rate(width), seed=seed, say=settings.say)
             break
         except (RuntimeError, MemoryError) as error:
             longest = max(len(rows[row].input_ids) for row in (*train, *heldout))
@@ -176,7 +174,7 @@ def _uncached(autocast: torch.dtype | None, device: torch.device) -> AbstractCon
 
 
 def _train_arms(
-    trainer: Trainer, size: Size, cost_share: float, rates: Sequence[float], *, seed: int, say: Callable[[str], None]
+    trainer: Trainer, size: Size, cost_share: float, usual: float, *, seed: int, say: Callable[[str], None]
 ) -> Pilot:
     """A sixth of the layers at its best rate, then all layers at the rate that follows from it."""
     layers = trainer.stack.num_layers
@@ -189,24 +187,26 @@ def _train_arms(
     _check_start(trainer, base_H)
     scored = sum(trainer.rows[row].scored for row in trainer.heldout)
 
-    def train(cut: int, rate: float, judged_from: Sequence[int] = ()) -> tuple[Arm, list[Array]]:
-        own_rate = rate * rate_ratio(cut, layers)
-        losses_H, *off = trainer.trained(
-            cut, learning_rate=own_rate, steps=size.steps, seed=seed, judged_from=judged_from
-        )
-        say(
-            f"pilot, layers {cut} to {layers - 1} at rate {own_rate:.2g}: "
-            f"{base_H.sum() / scored:.3f} to {losses_H.sum() / scored:.3f} nats"
-        )
-        return Arm(cut, own_rate, losses_H), off
+    def best(cut: int, judged_from: Sequence[int] = ()) -> tuple[Arm, list[Array]]:
+        found: list[tuple[Arm, list[Array]]] = []
+        for times in size.rates:
+            rate = times * usual * rate_ratio(cut, layers)
+            losses_H, *off = trainer.trained(
+                cut, learning_rate=rate, steps=size.steps, seed=seed, judged_from=judged_from
+            )
+            say(
+                f"pilot, layers {cut} to {layers - 1} at rate {rate:.2g}: "
+                f"{base_H.sum() / scored:.3f} to {losses_H.sum() / scored:.3f} nats"
+            )
+            found.append((Arm(cut, rate, losses_H), off))
+        return min(found, key=lambda arm: arm[0].losses_H.sum())
 
-    tried = {rate: train(sixth, rate)[0] for rate in rates}
-    best = min(tried, key=lambda rate: tried[rate].losses_H.sum())
-    whole, off = train(0, best, cuts)
+    part, _ = best(sixth)
+    whole, off = best(0, cuts)
     return result_of(
         base_H,
         whole,
-        tried[best],
+        part,
         dict(zip(cuts, off, strict=True)),
         scored=scored,
         size=size,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-ROWS_PER_STEP = (8, 6)
+ROWS_PER_STEP = (8, 7, 6)
 LEAST_STEPS, MOST_STEPS = 8, 40  # what was measured
 MOST_EPOCHS = 2.0
-RATES = 2  # that are tried
+RATES = ((0.5, 1.0, 2.0), (1.0,))  # that are tried where the budget allows, times `usual_rate`
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Size:
 
     steps: int
     rows_per_step: int
+    rates: tuple[float, ...]  # times `usual_rate`
     cost: float  # tokens that go forward through the whole model
 
 
@@ -31,12 +32,13 @@ class Work:
     heldout_rows: int
     step_passes: float  # forward passes of the trained part that a step takes, the backward pass in forward passes
 
-    def cost(self, steps: int, rows_per_step: int) -> float:
+    def cost(self, steps: int, rows_per_step: int, rates: int) -> float:
         """Tokens that go forward through the whole model."""
         last, used = pilot_cut(self.num_layers), min(self.train_rows, steps * rows_per_step)
-        trained = steps * rows_per_step * self.step_passes * (1 + RATES * self._from(last))
+        arms = rates * (1 + self._from(last))
+        trained = steps * rows_per_step * self.step_passes * arms
         states = (used + self.heldout_rows) * last / (self.num_layers + self.head_layers)
-        judged = 1 + (1 + RATES) * self._from(last) + sum(map(self._from, switched_off_cuts(self.num_layers)))
+        judged = self._from(last) + arms + rates * sum(map(self._from, switched_off_cuts(self.num_layers)))
         return self.row_tokens * (trained + states + self.heldout_rows * judged)
 
     def _from(self, cut: int) -> float:
@@ -44,19 +46,13 @@ class Work:
         return (self.num_layers - cut + self.head_layers) / (self.num_layers + self.head_layers)
 
 
-def first_rate(width: int) -> float:
-    """The learning rate of adapters on all layers around which the pilot tries, for a hidden size.
+def usual_rate(width: int) -> float:
+    """The learning rate of adapters on all layers around which a pilot tries, for a hidden size.
 
     3e-3 was best on SmolLM2-135M (hidden size 576) and about 1e-2 on tiny models (256). That wider models want less is
     common experience; one over the square root stands between what is reported of them.
     """
     return 3e-3 * math.sqrt(576 / width)
-
-
-def tried_rates(width: int) -> list[float]:
-    """A factor of three apart, so that one is near the best wherever that is within a factor of three of the middle."""
-    middle = first_rate(width)
-    return [middle * math.sqrt(3), middle / math.sqrt(3)]
 
 
 def rate_ratio(first_trainable: int, num_layers: int) -> float:
@@ -81,10 +77,11 @@ def switched_off_cuts(num_layers: int) -> list[int]:
 
 
 def pilot_size(budget: float, work: Work) -> Size | None:
-    """The longest pilot that a budget of forward tokens pays for, or None if it pays for none."""
-    for rows in ROWS_PER_STEP:
-        most = min(int(MOST_EPOCHS * work.train_rows / rows), MOST_STEPS)
-        for steps in range(most, LEAST_STEPS - 1, -1):
-            if work.cost(steps, rows) <= budget:
-                return Size(steps=steps, rows_per_step=rows, cost=work.cost(steps, rows))
+    """The longest pilot that a budget of forward tokens pays for, with more than one rate if it can; None if none."""
+    for rates in RATES:
+        for rows in ROWS_PER_STEP:
+            most = min(int(MOST_EPOCHS * work.train_rows / rows), MOST_STEPS)
+            for steps in range(most, LEAST_STEPS - 1, -1):
+                if (cost := work.cost(steps, rows, len(rates))) <= budget:
+                    return Size(steps=steps, rows_per_step=rows, rates=rates, cost=cost)
     return None

@@ -24,12 +24,11 @@ from axolotl_layersel.method.pilot_size import (
     MOST_EPOCHS,
     Size,
     Work,
-    first_rate,
     pilot_cut,
     pilot_size,
     rate_ratio,
     switched_off_cuts,
-    tried_rates,
+    usual_rate,
 )
 from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen, rate_at
 from axolotl_layersel.method.retention import pilot_law
@@ -94,22 +93,22 @@ def test_adapters_below_a_cut_are_switched_off_by_starting_there(trainer: Traine
     assert not np.allclose(started, whole, rtol=1e-3)
 
 
-def test_the_rate_is_the_better_of_two_and_grows_as_fewer_layers_are_trained() -> None:
+@pytest.mark.parametrize(("run_tokens", "tried"), [(1e6, 3), (1.1e5, 1)])
+def test_each_training_has_the_best_of_the_rates_that_the_budget_allows(run_tokens: float, tried: int) -> None:
     told: list[str] = []
-    settings = PilotSettings(run_tokens=1e6, say=told.append)
+    settings = PilotSettings(run_tokens=run_tokens, say=told.append)
     every, sixth = _pilot(tiny_llama(num_layers=LAYERS), settings=settings).cuts
-    assert sixth.learning_rate / every.learning_rate == pytest.approx(6**0.25)
-    assert rate_ratio(0, 30) == 1.0
-    searched = [line for line in told if line.startswith("pilot, layers 5 to 5")]
-    assert len(searched) == 2
-    assert sixth.loss == pytest.approx(min(float(line.split()[-2]) for line in searched), abs=6e-4)
-    assert every.learning_rate in tried_rates(32)
+    for cut, layers in ((every, "0 to 5"), (sixth, "5 to 5")):
+        searched = [line for line in told if line.startswith(f"pilot, layers {layers} at rate")]
+        assert len(searched) == tried
+        assert cut.loss == pytest.approx(min(float(line.split()[-2]) for line in searched), abs=6e-4)
+        usual = usual_rate(32) * rate_ratio(cut.first_trainable, LAYERS)
+        assert cut.learning_rate / usual in [pytest.approx(times) for times in ((0.5, 1, 2) if tried == 3 else (1,))]
 
 
-def test_the_rates_tried_lie_around_the_one_for_the_width() -> None:
-    high, low = tried_rates(576)
-    assert high / low == pytest.approx(3) and high * low == pytest.approx(3e-3**2)
-    assert first_rate(4 * 576) == pytest.approx(first_rate(576) / 2)
+def test_the_usual_rate_falls_with_the_width_and_rises_as_fewer_layers_are_trained() -> None:
+    assert usual_rate(576) == pytest.approx(3e-3) and usual_rate(4 * 576) == pytest.approx(1.5e-3)
+    assert rate_ratio(0, 30) == 1.0 and rate_ratio(15, 30) == pytest.approx(2**0.25)
 
 
 def test_equal_inputs_give_equal_pilots(found: Pilot) -> None:
@@ -226,17 +225,19 @@ def _work(**other: float) -> Work:
 
 
 def test_a_pilot_is_as_long_as_its_budget_allows_and_never_costs_more() -> None:
-    work, budgets = _work(), range(0, 800_000, 2_000)
+    work, budgets = _work(), range(0, 2_000_000, 4_000)
     sizes = [pilot_size(budget, work) for budget in budgets]
     assert sizes[0] is None and sizes[-1] is not None
     assert sizes[-1].steps == MOST_EPOCHS * 96 / 8
     for budget, size in zip(budgets, sizes, strict=True):
         if size is None:
-            assert work.cost(LEAST_STEPS, 6) > budget
+            assert work.cost(LEAST_STEPS, 6, 1) > budget
         else:
-            assert size.cost == work.cost(size.steps, size.rows_per_step) <= budget
-            assert size.steps == sizes[-1].steps or work.cost(size.steps + 1, size.rows_per_step) > budget
-    assert {size.rows_per_step for size in sizes if size} == {6, 8}
+            rows, rates = size.rows_per_step, len(size.rates)
+            assert size.cost == work.cost(size.steps, rows, rates) <= budget
+            assert size.steps * rows > MOST_EPOCHS * 96 - rows or work.cost(size.steps + 1, rows, rates) > budget
+    assert {size.rows_per_step for size in sizes if size} == {6, 7, 8}
+    assert {len(size.rates) for size in sizes if size} == {1, 3}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -285,7 +286,7 @@ def test_what_cannot_be_learnt_is_no_pilot(monkeypatch: pytest.MonkeyPatch) -> N
     """Labels without any pattern: held-out rows gain nothing."""
     rng = random.Random(3)
     rows = [Row(tuple(ids), tuple(ids)) for ids in ([rng.randrange(61) for _ in range(9)] for _ in range(48))]
-    monkeypatch.setattr(pilots, "tried_rates", lambda width: [1e-5])
+    monkeypatch.setattr(pilots, "usual_rate", lambda width: 1e-5)
     with pytest.raises(PilotError, match="did not improve the held-out loss beyond its noise"):
         _pilot(tiny_llama(num_layers=LAYERS), rows)
 
@@ -333,7 +334,7 @@ def _result(whole: float, part: float, *, noise: float = 0.0) -> Pilot:
         Arm(10, 2e-3, part * ones + wave),
         {6: 3.2 * ones, 10: 3.6 * ones},
         scored=16,
-        size=Size(steps=15, rows_per_step=8, cost=1.0),
+        size=Size(steps=15, rows_per_step=8, rates=(1.0,), cost=1.0),
         rows=48,
         cost_share=0.01,
         seed=0,
