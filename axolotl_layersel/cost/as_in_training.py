@@ -125,7 +125,7 @@ def _features(module: nn.Module) -> tuple[Any, Any]:
 
 
 class _PlainProduct(nn.Linear):
-    """A linear module's shape without its weight: one zero that is read as a whole matrix."""
+    """A linear module's shape without its weight: one zero that is read as a whole matrix; Jamba subtracts the bias."""
 
     def __init__(self, packed: nn.Module, dtype: torch.dtype) -> None:
         inputs, outputs = _features(packed)
@@ -133,7 +133,9 @@ class _PlainProduct(nn.Linear):
         device = next((tensor.device for tensor in (*packed.parameters(), *packed.buffers())), torch.device("cpu"))
         zero = torch.zeros((), dtype=dtype, device=device)
         self.weight = nn.Parameter(zero.expand(outputs, inputs), requires_grad=False)
+        if isinstance(bias := getattr(packed, "bias", None), Tensor):
+            self.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
 
     def forward(self, states: Tensor) -> Tensor:
         """The product, computed as weights are and returned as states are."""
-        return F.linear(states.to(self.weight.dtype), self.weight).to(states.dtype)
+        return F.linear(states.to(self.weight.dtype), self.weight, self.bias).to(states.dtype)

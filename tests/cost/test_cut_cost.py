@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
+    BitsAndBytesConfig,
     BloomConfig,
     DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    JambaConfig,
     LlamaConfig,
     Mamba2Config,
     MixtralConfig,
@@ -412,6 +414,19 @@ def test_8_bit_weights_count_with_the_shape_that_they_stand_for() -> None:
     costs = [cut_costs(find_stack(model), mode=lora(plain), shape=SHAPE) for model in (plain, packed)]
     assert costs[0] == costs[1]
     assert [(name, type(module)) for name, module in packed.named_modules()] == before
+
+
+def test_a_model_that_reads_the_bias_of_a_module_with_4_bit_weights(tmp_path: Path) -> None:
+    """Transformers 5.20 subtracts the bias of Jamba's `dt_proj` from its output if the model is quantised."""
+    options = GROUPED | {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
+    build(JambaConfig(**options, num_experts=1, num_experts_per_tok=1)).save_pretrained(tmp_path)
+    quantisation = BitsAndBytesConfig(load_in_4bit=True)
+    packed, plain = (
+        Auto.from_pretrained(tmp_path, quantization_config=chosen, dtype=torch.float32).train()
+        for chosen in (quantisation, None)
+    )
+    costs = [cut_costs(find_stack(model), mode=lora(plain), shape=SHAPE)[1].cut for model in (packed, plain)]
+    assert costs[0].forward_flops == costs[1].forward_flops
 
 
 def test_experts_in_4_bit_with_adapters_on_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
