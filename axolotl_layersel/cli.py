@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +65,9 @@ def score(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     python -m axolotl_layersel score config.yml --json | jq .first_trainable
     """
     with _one_paragraph_errors(), _only_results_on_stdout():
-        from axolotl_layersel.integration import commands as standalone
+        from axolotl_layersel.integration import commands
 
-        plan, path = standalone.score(config, standalone.parse_overrides(overrides))
+        plan, path = commands.score(config, commands.parse_overrides(overrides))
     click.echo(plan.to_json() if as_json else str(path), nl=not as_json)
 
 
@@ -114,14 +115,14 @@ def compare(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     python -m axolotl_layersel compare config.yml --json > methods.json
     """
     with _one_paragraph_errors(), _only_results_on_stdout():
-        from axolotl_layersel.compare import methods as comparison
-        from axolotl_layersel.integration import commands as standalone
+        from axolotl_layersel.compare.methods import table
+        from axolotl_layersel.integration import commands
 
-        choices, about = standalone.compare(config, standalone.parse_overrides(overrides))
+        choices, about = commands.compare(config, commands.parse_overrides(overrides))
     if as_json:
-        click.echo(json.dumps(comparison.as_json(choices, **about), indent=2))
+        click.echo(json.dumps({**about, "methods": [asdict(choice) for choice in choices]}, indent=2))
         return
-    _print(comparison.table(choices, num_layers=about["num_layers"]))
+    _print(table(choices, num_layers=about["num_layers"]))
     for choice in choices:
         if choice.skipped:
             click.echo(f"{choice.method} was skipped: {choice.skipped}")

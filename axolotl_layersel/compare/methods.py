@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +18,20 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from axolotl_layersel.compare import other_signals as baselines
-from axolotl_layersel.compare.other_signals import BaselineError
-from axolotl_layersel.method import gain as gains
-from axolotl_layersel.method import selection
+from axolotl_layersel.compare import other_signals
+from axolotl_layersel.compare.other_signals import SignalError
 from axolotl_layersel.method.calibration import Row
+from axolotl_layersel.method.gain import descent, transition_gain
 from axolotl_layersel.method.retention import RetentionLaw, family_of, forward_law, unlike_the_known
 from axolotl_layersel.method.scoring_pass import measure
+from axolotl_layersel.method.selection import select_cut
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.model.latent_states import left_as_found
 
 Array = NDArray[np.float64]
 DEVIATIONS = ("cosine", "logit_lens")
-UNIFORM = "uniform"
 TRANSITION = "transition"
-RELATIVE = "relative gradient norm"
+GRADIENT, RELATIVE = "gradient norm", "relative gradient norm"
 FIXED_SHARES = (0.25, 0.5, 0.75)  # of the layers, at the output side: what people choose without a tool
 
 
@@ -63,7 +61,7 @@ class Rule:
 
     def cut(self, weight_L: Array, *, law: RetentionLaw) -> int:
         """The first trainable layer for weights that sum to 1."""
-        return selection.select_cut(
+        return select_cut(
             policy=self.policy,
             retention_L=law.low(weight_L),
             gain_L=weight_L,
@@ -71,17 +69,6 @@ class Rule:
             budget=self.budget,
             min_layers=self.min_layers,
         )
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The weights of one method, or why it has none."""
-
-    method: str
-    source: str
-    weight_L: Array | None
-    seconds: float = 0.0
-    skipped: str | None = None
 
 
 def compare_methods(
@@ -98,7 +85,7 @@ def compare_methods(
     """The choices of all methods, the run's own first, each as far as the forward pass alone knows: no pilot is run.
 
     Args:
-        model: as it will be trained, before adapters.
+        model: as it will be trained, before adapters; left as it was found.
         rows: the calibration sample.
         deviation: of the run.
         seed: of the random weights.
@@ -108,113 +95,99 @@ def compare_methods(
         StackError, ScoringError, ValueError: the run's own method cannot score this model.
     """
     stack = find_stack(model)
-    found, loss = _ours(model, stack, rows, batch_tokens=batch_tokens, autocast=autocast)
-    found += _rivals(model, stack, rows, seed=seed, batch_tokens=batch_tokens, autocast=autocast)
-    unlike = unlike_the_known(loss=loss, num_layers=stack.num_layers, family=family_of(model))
-    law = forward_law(loss).widened(unlike)
+    with left_as_found(model, autocast=autocast):
+        found, loss = _ours(model, stack, rows, batch_tokens=batch_tokens)
+        found += _rivals(model, stack, rows, seed=seed, batch_tokens=batch_tokens)
     own_name = TRANSITION if rule.policy == "peak_gain" else f"{deviation}, descent"
-    found.sort(key=lambda f: f.method != own_name)  # stable: the run's own comes first
-    own_L = found[0].weight_L
-    assert own_L is not None
-    own_cut = rule.cut(own_L, law=law)
-    choices = [_choice(f, own_L, rule=rule, law=law) for f in found]
+    found.sort(key=lambda choice: choice.method != own_name)  # stable: the run's own comes first
     for share in FIXED_SHARES:
         kept = max(round(share * stack.num_layers), 1)
-        choices.append(
-            Choice(f"last {kept} layers", "fixed share", first_trainable=stack.num_layers - kept, seconds=0.0)
+        found.append(Choice(f"last {kept} layers", "fixed share", stack.num_layers - kept, seconds=0.0))
+    unlike = unlike_the_known(loss=loss, num_layers=stack.num_layers, family=family_of(model))
+    law = forward_law(loss).widened(unlike)
+    own_L = np.asarray(found[0].weight)
+    own_kept = stack.num_layers - rule.cut(own_L, law=law)
+
+    def judged(choice: Choice) -> Choice:
+        """With its cut, what that costs, and how far it agrees with the run's own choice."""
+        cut, correlation = choice.first_trainable, None
+        if choice.weight is not None:
+            weight_L = np.asarray(choice.weight)
+            cut, correlation = rule.cut(weight_L, law=law), spearman(weight_L, own_L)
+        if cut is None:
+            return choice
+        kept = stack.num_layers - cut
+        return replace(
+            choice,
+            first_trainable=cut,
+            step=None if step_of_cut is None else step_of_cut[cut],
+            overlap=min(kept, own_kept) / max(kept, own_kept),
+            rank_correlation=correlation,
         )
-    return [_completed(c, own_cut, num_layers=stack.num_layers, step_of_cut=step_of_cut) for c in choices]
+
+    return [judged(choice) for choice in found]
 
 
 def _ours(
-    model: nn.Module, stack: DecoderStack, rows: Sequence[Row], *, batch_tokens: int, autocast: torch.dtype | None
-) -> tuple[list[_Found], float]:
+    model: nn.Module, stack: DecoderStack, rows: Sequence[Row], *, batch_tokens: int
+) -> tuple[list[Choice], float]:
     """One forward pass for each deviation, the transitions with the last one; and the loss of the model."""
     found = []
     for deviation in DEVIATIONS:
         started = time.perf_counter()
-        with left_as_found(model, autocast=autocast):
-            statistics = measure(
-                model,
-                stack,
-                rows,
-                range(len(rows)),
-                deviation=deviation,
-                batch_tokens=batch_tokens,
-                transitions=deviation == DEVIATIONS[-1],
-            )
-        seconds = time.perf_counter() - started
-        share_L = gains.descent(statistics.mean(statistics.deviation_RS))
-        found.append(_Found(f"{deviation}, descent", "layersel", share_L, seconds))
-    gain_L = gains.transition_gain(statistics.mean(statistics.miss_RL))  # whatever the deviation
-    loss = float(statistics.mean(statistics.loss_R[:, None])[0])
-    return [*found, _Found(TRANSITION, "SALF, as read here", gain_L, seconds)], loss
+        statistics = measure(
+            model,
+            stack,
+            rows,
+            range(len(rows)),
+            deviation=deviation,
+            batch_tokens=batch_tokens,
+            transitions=deviation == DEVIATIONS[-1],
+        )
+        seconds = round(time.perf_counter() - started, 3)
+        share_L = descent(statistics.mean(statistics.deviation_RS))
+        found.append(Choice(f"{deviation}, descent", "layersel", weight=share_L.tolist(), seconds=seconds))
+    gain_L = transition_gain(statistics.mean(statistics.miss_RL))  # whatever the deviation
+    found.append(Choice(TRANSITION, "SALF, as read here", weight=gain_L.tolist(), seconds=seconds))
+    return found, float(statistics.mean(statistics.loss_R[:, None])[0])
 
 
 def _rivals(
-    model: nn.Module,
-    stack: DecoderStack,
-    rows: Sequence[Row],
-    *,
-    seed: int,
-    batch_tokens: int,
-    autocast: torch.dtype | None,
-) -> Iterator[_Found]:
+    model: nn.Module, stack: DecoderStack, rows: Sequence[Row], *, seed: int, batch_tokens: int
+) -> Iterator[Choice]:
     """Other signals and the controls; one that this model does not allow says why."""
-    batched: dict[str, Any] = {"batch_tokens": batch_tokens, "autocast": autocast}
 
     @cache
     def gradient_norm() -> Array:
-        return baselines.gradient_norm(model, stack, rows, autocast=autocast)
+        return other_signals.gradient_norm(model, stack, rows)
 
-    gradient_seconds = 0.0
     signals: list[tuple[str, str, Callable[[], Array]]] = [
-        ("gradient norm", "AutoFreeze", gradient_norm),
-        (RELATIVE, "Auto-RGN", lambda: baselines.relative_gradient_norm(stack, gradient_norm())),
-        ("weight SNR", "Spectrum", lambda: baselines.weight_snr(stack)),
-        ("block influence", "ShortGPT", lambda: baselines.block_influence(model, stack, rows, **batched)),
-        ("1 - CKA", "minibatch CKA", lambda: baselines.state_change(model, stack, rows, **batched)),
-        ("random", "control", lambda: baselines.random_weights(stack.num_layers, seed=seed)),
-        (UNIFORM, "control", lambda: baselines.equal_weights(stack.num_layers)),
+        (GRADIENT, "AutoFreeze", gradient_norm),
+        (RELATIVE, "Auto-RGN", lambda: other_signals.relative_gradient_norm(stack, gradient_norm())),
+        ("weight SNR", "Spectrum", lambda: other_signals.weight_snr(stack)),
+        ("block influence", "ShortGPT", lambda: other_signals.block_influence(stack, rows, batch_tokens=batch_tokens)),
+        ("1 - CKA", "minibatch CKA", lambda: other_signals.state_change(stack, rows, batch_tokens=batch_tokens)),
+        ("random", "control", lambda: other_signals.random_weights(stack.num_layers, seed=seed)),
+        ("uniform", "control", lambda: other_signals.equal_weights(stack.num_layers)),
     ]
+    spent = {}
     for method, source, signal in signals:
         started = time.perf_counter()
         try:
-            weight_L = signal()
-        except BaselineError as error:
-            yield _Found(method, source, None, skipped=str(error))
-        else:
-            if not np.isfinite(weight_L).all() or weight_L.sum() <= 0:
-                yield _Found(method, source, None, skipped=f"its weights order no layers: {weight_L.tolist()}")
-                continue
-            seconds = time.perf_counter() - started
-            if method == "gradient norm":
-                gradient_seconds = seconds
-            elif method == RELATIVE:  # on its own it would need the same backward passes
-                seconds += gradient_seconds
-            yield _Found(method, source, weight_L / weight_L.sum(), seconds)
+            weight_L = _shares(signal())
+        except SignalError as error:
+            yield Choice(method, source, skipped=str(error))
+            continue
+        spent[method] = time.perf_counter() - started
+        if method == RELATIVE:  # on its own it would need the same backward passes
+            spent[method] += spent[GRADIENT]
+        yield Choice(method, source, weight=weight_L.tolist(), seconds=round(spent[method], 3))
 
 
-def _choice(found: _Found, own_L: Array, *, rule: Rule, law: RetentionLaw) -> Choice:
-    if found.weight_L is None:
-        return Choice(found.method, found.source, skipped=found.skipped)
-    return Choice(
-        found.method,
-        found.source,
-        first_trainable=rule.cut(found.weight_L, law=law),
-        weight=found.weight_L.tolist(),
-        seconds=round(found.seconds, 3),
-        rank_correlation=spearman(found.weight_L, own_L),
-    )
-
-
-def _completed(choice: Choice, own_cut: int, *, num_layers: int, step_of_cut: Sequence[float] | None) -> Choice:
-    """With what follows from the cut alone."""
-    if choice.first_trainable is None:
-        return choice
-    kept, own_kept = num_layers - choice.first_trainable, num_layers - own_cut
-    step = None if step_of_cut is None else step_of_cut[choice.first_trainable]
-    return replace(choice, overlap=min(kept, own_kept) / max(kept, own_kept), step=step)
+def _shares(weight_L: Array) -> Array:
+    if not np.isfinite(weight_L).all() or weight_L.sum() <= 0:
+        raise SignalError(f"its weights order no layers: {weight_L.tolist()}")
+    return np.asarray(weight_L / weight_L.sum())
 
 
 def spearman(one_L: Array, other_L: Array) -> float | None:
@@ -248,8 +221,3 @@ def table(choices: Sequence[Choice], *, num_layers: int) -> Table:
 
 def _two_digits(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def as_json(choices: Sequence[Choice], **about: Any) -> dict[str, Any]:
-    """The comparison as JSON values; `about` comes first."""
-    return {**about, "methods": [asdict(choice) for choice in choices]}

@@ -6,7 +6,8 @@
     random_weights, equal_weights           neither: the controls
 
 Every function returns L float64 numbers >= 0, input side first, larger = more to gain by training the layer in the
-reading of its source. `methods.py` turns them into cuts with the policy that our own weights go through, so that
+reading of its source. Those that run the model want it as `left_as_found` makes it: in eval mode, without gradients,
+under the precision of the run. `methods.py` turns weights into cuts with the policy that our own go through, so that
 only the signals differ. Written from the papers and from what the tools compute; no code is shared with them.
 
 Suffixes: B rows of a batch, T positions, N tokens, D hidden size, L decoder layers.
@@ -15,7 +16,7 @@ Suffixes: B rows of a batch, T positions, N tokens, D hidden size, L decoder lay
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -26,13 +27,13 @@ from torch import Tensor, nn
 
 from axolotl_layersel.method.calibration import IGNORED, Row, batches
 from axolotl_layersel.model.decoder_stack import DecoderStack
-from axolotl_layersel.model.latent_states import StateReader, left_as_found, read_states
+from axolotl_layersel.model.latent_states import StateReader, read_states
 
 Array = NDArray[np.float64]
 _CKA_TOKENS = 512  # of a batch; kernels are tokens x tokens
 
 
-class BaselineError(ValueError):
+class SignalError(ValueError):
     """A signal that cannot be had from this model."""
 
 
@@ -46,41 +47,35 @@ def random_weights(num_layers: int, *, seed: int) -> Array:
     return np.random.default_rng(seed).random(num_layers)
 
 
-def gradient_norm(
-    model: nn.Module, stack: DecoderStack, rows: Sequence[Row], *, autocast: torch.dtype | None = None
-) -> Array:
+def gradient_norm(model: nn.Module, stack: DecoderStack, rows: Sequence[Row]) -> Array:
     """Mean over rows of the L2 norm of the loss gradient of a layer's weights (the signal of AutoFreeze).
 
     Gradients are of each row on its own and are let go parameter by parameter, so no more than one of them is held.
 
     Raises:
-        BaselineError: the weights are quantised, so they have no gradient.
+        SignalError: the weights are quantised, so they have no gradient.
     """
     device = next(stack.embeddings.parameters()).device
     squared_RL = torch.zeros(len(rows), stack.num_layers, dtype=torch.float64)
-    with left_as_found(model, autocast=autocast), torch.enable_grad(), _layers_require_grad(model, stack) as trained:
-        row = 0
-        handles = []
+    row = 0
 
-        def accumulate(index: int) -> Callable[[Tensor], None]:
-            def hook(parameter: Tensor) -> None:
-                assert parameter.grad is not None
-                squared_RL[row, index] += parameter.grad.double().square().sum().cpu()
-                parameter.grad = None
+    def accumulate(index: int) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            squared_RL[row, index] += parameter.grad.double().square().sum().cpu()
+            parameter.grad = None
 
-            return hook
+        return hook
 
-        try:
-            for index, parameters in enumerate(trained):
-                handles += [p.register_post_accumulate_grad_hook(accumulate(index)) for p in parameters]
-            for row in range(len(rows)):
-                (batch,) = batches(rows, [row], batch_tokens=1)
-                batch = batch.to(device)
-                logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-                F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED).backward()
-        finally:
-            for handle in handles:
-                handle.remove()
+    with torch.enable_grad(), _layers_require_grad(model, stack) as trained, ExitStack() as hooks:
+        for index, parameters in enumerate(trained):
+            for parameter in parameters:
+                hooks.enter_context(parameter.register_post_accumulate_grad_hook(accumulate(index)))
+        for row in range(len(rows)):
+            (batch,) = batches(rows, [row], batch_tokens=1)
+            batch = batch.to(device)
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED).backward()
     return np.asarray(squared_RL.sqrt().mean(dim=0).numpy())
 
 
@@ -95,7 +90,7 @@ def _layers_require_grad(model: nn.Module, stack: DecoderStack) -> Iterator[list
     """The weights of each layer, made to require grad while nothing else does; flags and gradients are restored."""
     trained = [list(layer.parameters()) for layer in stack.layers]
     if not all(p.is_floating_point() for parameters in trained for p in parameters):
-        raise BaselineError("the weights are quantised, so they have no gradient: compare without load_in_4bit/8bit")
+        raise SignalError("the weights are quantised, so they have no gradient: compare without load_in_4bit/8bit")
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     inside = {id(p) for parameters in trained for p in parameters}
     try:
@@ -118,14 +113,14 @@ def weight_snr(stack: DecoderStack) -> Array:
     before the kinds are averaged.
 
     Raises:
-        BaselineError: the layers have no weight matrices.
+        SignalError: the layers have no weight matrices.
     """
     by_kind: dict[str, list[float]] = {}
     for index, layer in enumerate(stack.layers):
         for kind, weight in _matrices(layer):
             by_kind.setdefault(kind, [0.0] * stack.num_layers)[index] = _snr(weight)
     if not by_kind:
-        raise BaselineError("the decoder layers have no weight matrices, so there is no signal-to-noise ratio")
+        raise SignalError("the decoder layers have no weight matrices, so there is no signal-to-noise ratio")
     shares = [np.asarray(values) / max(sum(values), 1e-12) for values in by_kind.values()]
     return np.asarray(np.mean(shares, axis=0))
 
@@ -156,32 +151,18 @@ def _snr(weight: Tensor) -> float:
     return float((signal / noise.clamp(min=1e-12) / values[..., -1].clamp(min=1e-12)).mean())
 
 
-def block_influence(
-    model: nn.Module,
-    stack: DecoderStack,
-    rows: Sequence[Row],
-    *,
-    batch_tokens: int = 4096,
-    autocast: torch.dtype | None = None,
-) -> Array:
+def block_influence(stack: DecoderStack, rows: Sequence[Row], *, batch_tokens: int = 4096) -> Array:
     """1 - cos(h_i, h_{i+1}), mean over all tokens, in [0, 2]: how much a layer turns its input (ShortGPT)."""
     total_L = np.zeros(stack.num_layers)
 
     def pair(index: int, before_ND: Tensor, after_ND: Tensor) -> None:
         total_L[index] += float((1 - F.cosine_similarity(before_ND, after_ND, dim=-1)).double().sum())
 
-    tokens = _adjacent_states(model, stack, rows, pair, batch_tokens=batch_tokens, autocast=autocast)
+    tokens = _adjacent_states(stack, rows, pair, batch_tokens=batch_tokens)
     return total_L / tokens
 
 
-def state_change(
-    model: nn.Module,
-    stack: DecoderStack,
-    rows: Sequence[Row],
-    *,
-    batch_tokens: int = 4096,
-    autocast: torch.dtype | None = None,
-) -> Array:
+def state_change(stack: DecoderStack, rows: Sequence[Row], *, batch_tokens: int = 4096) -> Array:
     """1 - linear CKA of adjacent latent states, in [0, 1]: how much a layer changes the representation.
 
     The minibatch estimator of 2010.15327: unbiased HSIC of each batch, summed before the ratio, so nothing grows with
@@ -197,10 +178,10 @@ def state_change(
         for place, (k_NN, l_NN) in enumerate([(one_NN, other_NN), (one_NN, one_NN), (other_NN, other_NN)]):
             hsic_3L[place, index] += _unbiased_hsic(k_NN, l_NN)
 
-    _adjacent_states(model, stack, rows, pair, batch_tokens=batch_tokens, autocast=autocast)
+    _adjacent_states(stack, rows, pair, batch_tokens=batch_tokens)
     scale_L = np.sqrt(np.maximum(hsic_3L[1] * hsic_3L[2], 0.0))
     if not (scale_L > 0).all():
-        raise BaselineError("the sample is too small for CKA: give it more rows, or rows of at least four tokens")
+        raise SignalError("the sample is too small for CKA: give it more rows, or rows of at least four tokens")
     return np.asarray(np.clip(1 - hsic_3L[0] / scale_L, 0.0, 1.0))
 
 
@@ -213,27 +194,20 @@ def _unbiased_hsic(k_NN: Tensor, l_NN: Tensor) -> float:
 
 
 def _adjacent_states(
-    model: nn.Module,
-    stack: DecoderStack,
-    rows: Sequence[Row],
-    pair: Callable[[int, Tensor, Tensor], None],
-    *,
-    batch_tokens: int,
-    autocast: torch.dtype | None,
+    stack: DecoderStack, rows: Sequence[Row], pair: Callable[[int, Tensor, Tensor], None], *, batch_tokens: int
 ) -> int:
     """Call `pair` with (layer, input, output), (N, D) float32 of a batch's real tokens; return their number."""
     device = next(stack.embeddings.parameters()).device
     tokens = 0
-    with left_as_found(model, autocast=autocast):
-        for batch in (b.to(device) for b in batches(rows, range(len(rows)), batch_tokens=batch_tokens)):
-            tokens += int(batch.attention_mask.sum())
-            reader = _pairs(pair, batch.attention_mask.bool())
-            read_states(stack, input_ids=batch.input_ids, attention_mask=batch.attention_mask, reader=reader)
+    for batch in (b.to(device) for b in batches(rows, range(len(rows)), batch_tokens=batch_tokens)):
+        tokens += int(batch.attention_mask.sum())
+        reader = _pairs(pair, batch.attention_mask.bool())
+        read_states(stack, input_ids=batch.input_ids, attention_mask=batch.attention_mask, reader=reader)
     return tokens
 
 
 def _pairs(pair: Callable[[int, Tensor, Tensor], None], real_BT: Tensor) -> StateReader:
-    """A reader that holds one state of a batch, and hands it on with the next."""
+    """A reader that keeps one state of a batch until the next one comes."""
     before: list[Tensor] = []
 
     def reader(state: int, hidden_BTD: Tensor) -> None:

@@ -7,53 +7,59 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from axolotl.utils.logging import get_logger
 from peft import LoraConfig
 from torch import nn
 
 from axolotl_layersel.cost.cut_cost import Mode
 from axolotl_layersel.cost.prediction import predict
 from axolotl_layersel.integration import axolotl_api
+from axolotl_layersel.integration.log import LOG
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.integration.runnable_model import evaluating
 from axolotl_layersel.method.pilot_size import rate_ratio
-from axolotl_layersel.model.adapted_modules import adapted_modules
+from axolotl_layersel.model.adapted_modules import Adapters, adapted_modules
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
 from axolotl_layersel.plan_parts import Prediction
 from axolotl_layersel.report.page import write_report
 from axolotl_layersel.report.recipe import RECIPE_FILE, recipe_text
 from axolotl_layersel.report.table import print_plan
-from axolotl_layersel.training import adapter_targets as adapters
-from axolotl_layersel.training import trainable_parameters as targets
+from axolotl_layersel.training.adapter_targets import adapter_updates, continued_patterns
+from axolotl_layersel.training.trainable_parameters import full_patterns
 
-LOG = get_logger("axolotl.integrations.layersel")
 SCORED_FILE = "plan.scored.json"  # an earlier run's, where this one was given its cut
 
 
-def config_updates(settings: RunSettings, model: nn.Module, plan: Plan) -> dict[str, Any]:
-    """The config keys that make axolotl train exactly the plan's layers, in this run's mode, and at which rate.
+def complete(settings: RunSettings, model: nn.Module, plan: Plan) -> Plan:
+    """The plan with the config keys that apply it, what they cost, and the notes of this config.
 
     Raises:
         ValueError: the user's targets lie outside of the plan's layers, or axolotl cannot freeze this model.
     """
-    updates = _layer_keys(settings, model, plan)
-    if settings.options.scale_learning_rate and plan.first_trainable:
-        updates["learning_rate"] = settings.learning_rate * rate_ratio(plan.first_trainable, plan.num_layers)
-    return updates
-
-
-def _rate_note(settings: RunSettings, plan: Plan) -> str:
-    ratio = rate_ratio(plan.first_trainable, plan.num_layers)
-    if settings.options.scale_learning_rate:
-        return f"learning_rate {settings.learning_rate:g} is raised by {ratio:.2f} for this cut (scale_learning_rate)"
-    return (
-        f"at such a cut the best learning rate was about {ratio:.2f} times that of all layers, more on tiny models and "
-        "less on SmolLM2-135M: `scale_learning_rate: true` raises yours"
+    adapters = adapters_of(settings, model)
+    updates = config_updates(settings, model, plan, adapters)
+    notes = list(settings.notes)
+    if plan.first_trainable:
+        ratio = rate_ratio(plan.first_trainable, plan.num_layers)
+        if settings.options.scale_learning_rate:
+            updates["learning_rate"] = settings.learning_rate * ratio
+        notes.append(_rate_note(settings, ratio))
+    return dataclasses.replace(
+        plan,
+        config_updates=updates,
+        notes=[*plan.notes, *(note for note in notes if note not in plan.notes)],
+        prediction=predict_costs(settings, model, adapters, first_trainable=plan.first_trainable),
     )
 
 
-def _layer_keys(settings: RunSettings, model: nn.Module, plan: Plan) -> dict[str, Any]:
+def adapters_of(settings: RunSettings, model: nn.Module) -> Adapters | None:
+    """The adapters of this run, as if every layer were trained; None for full fine-tuning."""
+    if settings.continued_adapter:  # what is continued has a config of its own, which governs
+        return adapted_modules(model, LoraConfig.from_pretrained(settings.continued_adapter))
+    return adapted_modules(model, axolotl_api.stock_lora_config(model, settings.cfg)) if settings.adapter else None
+
+
+def config_updates(settings: RunSettings, model: nn.Module, plan: Plan, adapters: Adapters | None) -> dict[str, Any]:
     """The config keys that make axolotl train exactly the plan's layers, in this run's mode.
 
     Raises:
@@ -67,16 +73,16 @@ def _layer_keys(settings: RunSettings, model: nn.Module, plan: Plan) -> dict[str
             f"the parameter {scalar!r} is a single number, and axolotl's `unfrozen_parameters` fails on such a model: "
             "train it with a new adapter (`adapter: lora`)"
         )
-    if not settings.adapter:
-        read_out = settings.train_norm_and_head(stack)
-        return {"unfrozen_parameters": targets.full_patterns(stack, first_trainable=k, train_norm_and_head=read_out)}
     if settings.continued_adapter:
-        return {"unfrozen_parameters": adapters.continued_patterns(stack, first_trainable=k)}
-    updates = adapters.adapter_updates(
+        return {"unfrozen_parameters": continued_patterns(stack, first_trainable=k)}
+    if adapters is None:
+        read_out = settings.train_norm_and_head(stack)
+        return {"unfrozen_parameters": full_patterns(stack, first_trainable=k, train_norm_and_head=read_out)}
+    updates = adapter_updates(
         model,
         stack,
         first_trainable=k,
-        stock=axolotl_api.stock_lora_config(model, settings.cfg),
+        adapters=adapters,
         named=settings.lora_targets,
         target_linear=settings.lora_target_linear,
     )
@@ -87,19 +93,18 @@ def _layer_keys(settings: RunSettings, model: nn.Module, plan: Plan) -> dict[str
     return updates
 
 
-def complete(settings: RunSettings, model: nn.Module, plan: Plan, updates: Mapping[str, Any]) -> Plan:
-    """The plan with the config keys that apply it, what they cost, and the notes of this config."""
-    told = [*settings.notes, *([_rate_note(settings, plan)] if plan.first_trainable else [])]
-    notes = [note for note in told if note not in plan.notes]
-    return dataclasses.replace(
-        plan,
-        config_updates=dict(updates),
-        notes=[*plan.notes, *notes],
-        prediction=predict_costs(settings, model, first_trainable=plan.first_trainable),
+def _rate_note(settings: RunSettings, ratio: float) -> str:
+    if settings.options.scale_learning_rate:
+        return f"learning_rate {settings.learning_rate:g} is raised by {ratio:.2f} for this cut (scale_learning_rate)"
+    return (
+        f"at such a cut the best learning rate was about {ratio:.2f} times that of all layers, more on tiny models and "
+        "less on SmolLM2-135M: `scale_learning_rate: true` raises yours"
     )
 
 
-def predict_costs(settings: RunSettings, model: nn.Module, *, first_trainable: int) -> Prediction | None:
+def predict_costs(
+    settings: RunSettings, model: nn.Module, adapters: Adapters | None, *, first_trainable: int
+) -> Prediction | None:
     """What a step costs with this cut, and with every other; None where no process holds the layers to be measured."""
     if settings.sharded:
         return None
@@ -108,7 +113,7 @@ def predict_costs(settings: RunSettings, model: nn.Module, *, first_trainable: i
     with evaluating(model, stack, autocast=settings.autocast):
         return predict(
             stack,
-            mode=mode_of(settings, model, stack),
+            mode=mode_of(settings, stack, adapters),
             first_trainable=first_trainable,
             shape=settings.shape,
             autocast=settings.autocast,
@@ -116,15 +121,10 @@ def predict_costs(settings: RunSettings, model: nn.Module, *, first_trainable: i
         )
 
 
-def mode_of(settings: RunSettings, model: nn.Module, stack: DecoderStack) -> Mode:
-    """How a config trains, in the cost model's terms; for adapters as if every layer were trained."""
-    stock = None
-    if settings.continued_adapter:  # what is continued has a config of its own, which governs
-        stock = LoraConfig.from_pretrained(settings.continued_adapter)
-    elif settings.adapter:
-        stock = axolotl_api.stock_lora_config(model, settings.cfg)
+def mode_of(settings: RunSettings, stack: DecoderStack, adapters: Adapters | None) -> Mode:
+    """How a config trains, in the cost model's terms."""
     return Mode(
-        adapters=None if stock is None else adapted_modules(model, stock),
+        adapters=adapters,
         checkpointing=settings.checkpointing,
         reentrant=settings.reentrant,
         train_norm_and_head=settings.train_norm_and_head(stack),

@@ -22,11 +22,11 @@ from torch import nn
 from axolotl_layersel import LayerSelPlugin
 from axolotl_layersel.compare.methods import Choice, Rule, compare_methods
 from axolotl_layersel.config.conflicts import names_plugin
-from axolotl_layersel.integration import apply
-from axolotl_layersel.integration import decide as run
-from axolotl_layersel.integration import runnable_model as readiness
+from axolotl_layersel.integration.apply import adapters_of, predict_costs
+from axolotl_layersel.integration.decide import draw_sample
 from axolotl_layersel.integration.prefix_guard import PrefixGuard
 from axolotl_layersel.integration.run_settings import cache_folder, settings_of
+from axolotl_layersel.integration.runnable_model import place, ready_to_run
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import Plan, read_plan
 from axolotl_layersel.prefix_cache.folders import CacheFolder, clear_cache, list_caches
@@ -77,7 +77,7 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
     settings = settings_of(cfg)
     options = settings.options
     meta = (load_preference_datasets if settings.rl else load_datasets)(cfg=cfg)
-    sample = run.draw_sample(settings, meta.train_dataset)
+    sample = draw_sample(settings, meta.train_dataset)
     found: list[Choice] = []
     about: dict[str, Any] = {
         "base_model": settings.base_model,
@@ -93,11 +93,11 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
     }
 
     def visit(model: nn.Module) -> None:
-        readiness.place(model)
+        place(model)
         stack = find_stack(model)
         about["num_layers"] = stack.num_layers
-        predicted = apply.predict_costs(settings, model, first_trainable=0)
-        with readiness.ready_to_run(model, stack):
+        predicted = predict_costs(settings, model, adapters_of(settings, model), first_trainable=0)
+        with ready_to_run(model, stack):
             found[:] = compare_methods(
                 model,
                 sample.rows,
@@ -139,7 +139,7 @@ def fill_cache(config: Path, overrides: Mapping[str, Any]) -> CacheFolder:
     guards = [c for c in trainer.callback_handler.callbacks if isinstance(c, PrefixGuard)]
     if not guards:
         raise PrefixCacheError("the plan trains all layers, so no layer is frozen and there is nothing to cache")
-    readiness.place(trainer.model)
+    place(trainer.model)
     folder = guards[0].run.prepare(trainer.model, epochs=float(cfg.num_epochs or 1), train=False)
     manager.post_train_unload(cfg)
     return next(cache for cache in list_caches(cache_folder(cfg)) if cache.path == folder)
@@ -183,22 +183,13 @@ def _load_model(cfg: Any) -> None:
     ModelLoader(cfg, tokenizer, processor=processor).load()
 
 
-class _Visitor(BasePlugin):  # type: ignore[misc]  # axolotl ships no types
-    """Looks at the model where the plugin would decide."""
-
-    def __init__(self, visit: Callable[[nn.Module], None]) -> None:
-        super().__init__()
-        self.visit = visit
-
-    def pre_lora_load(self, cfg: Any, model: nn.Module) -> None:
-        """The model is whole and has no adapters yet."""
-        self.visit(model)
-
-
 @contextmanager
 def _visiting(visit: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call `visit` where the plugin would decide: the model is whole and has no adapters yet."""
+    visitor = BasePlugin()
+    visitor.pre_lora_load = lambda _cfg, model: visit(model)
     plugins = PluginManager.get_instance().plugins
-    plugins["layersel-visitor"] = _Visitor(visit)
+    plugins["layersel-visitor"] = visitor
     try:
         yield
     finally:

@@ -14,12 +14,11 @@ from importlib.metadata import version
 from typing import Any
 
 from axolotl.loaders import load_tokenizer
-from axolotl.utils.logging import get_logger
 from torch import nn
 
 from axolotl_layersel import __version__
 from axolotl_layersel.integration import axolotl_api
-from axolotl_layersel.integration.output_folder import claim_folder
+from axolotl_layersel.integration.log import LOG
 from axolotl_layersel.integration.pilot_settings import pilot_settings
 from axolotl_layersel.integration.preference_rows import PreferenceRows
 from axolotl_layersel.integration.processes import Processes
@@ -31,25 +30,6 @@ from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.plan import Plan, PlanError, read_plan
 from axolotl_layersel.plan_parts import ScoredSample
 from axolotl_layersel.report.progress import progress
-
-LOG = get_logger("axolotl.integrations.layersel")
-
-
-def claim(settings: RunSettings) -> None:
-    """Keep other runs out of this run's folder, and see that the plan can be written there before anything is scored.
-
-    Raises:
-        ClaimError: another run is in it.
-        PlanError: nothing can be written there.
-    """
-    path = settings.plan_path
-    try:
-        claim_folder(path.parent)
-    except OSError as error:
-        raise PlanError(
-            f"the plan cannot be written to {str(path)!r}: {error}. Nothing was scored or trained; free some space, or "
-            "choose another output_dir"
-        ) from error
 
 
 def decide(settings: RunSettings, model: nn.Module, dataset: Any, *, processes: Processes) -> Plan:
@@ -184,7 +164,13 @@ def _scored_plan(
         first_trainable=scored.first_trainable,
         options=options.model_dump(),
         scores=scored.scores,
-        sample=_describe(sample, settings),
+        sample=ScoredSample(
+            rows=len(sample.rows),
+            seed=settings.seed,
+            dataset_fingerprint=sample.fingerprint(),
+            tokenizer_fingerprint=_tokenizer_fingerprint(settings.cfg),
+            datasets=list(settings.datasets),
+        ),
         notes=[*sample.notes, *scored.notes],
         seconds=round(time.perf_counter() - started, 3),
     )
@@ -195,13 +181,3 @@ def _tokenizer_fingerprint(cfg: Any) -> str:
     """Twelve hexadecimal digits that change with any entry of the vocabulary."""
     vocabulary = sorted(load_tokenizer(cfg).get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:12]
-
-
-def _describe(sample: Sample, settings: RunSettings) -> ScoredSample:
-    return ScoredSample(
-        rows=len(sample.rows),
-        seed=settings.seed,
-        dataset_fingerprint=sample.fingerprint(),
-        tokenizer_fingerprint=_tokenizer_fingerprint(settings.cfg),
-        datasets=list(settings.datasets),
-    )

@@ -7,13 +7,14 @@ empty file that a killed process leaves means nothing. Called by `plugin.py` on 
 from __future__ import annotations
 
 import errno
-import logging
 import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-LOG = logging.getLogger("axolotl.integrations.layersel")
+from axolotl_layersel.log import LOG
+from axolotl_layersel.plan import PLAN_FILE, PlanError
+
 LOCK_FILE = ".lock"
 _ROOM = 1 << 20  # bytes, more than plan, recipe and report take
 
@@ -32,15 +33,15 @@ def claim_folder(folder: Path) -> None:
 
     Raises:
         ClaimError: another process holds it.
-        OSError: the folder cannot be created or written, or its disk is full.
+        PlanError: nothing can be written there, which is better known before anything is scored.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.resolve() / LOCK_FILE, blocking=False)
-    if folder.resolve() in _held:
-        return
-    if shutil.disk_usage(folder).free < _ROOM:
-        raise OSError(f"less than {_ROOM} bytes are free")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.resolve() / LOCK_FILE, blocking=False)
+        if folder.resolve() in _held:
+            return
+        if shutil.disk_usage(folder).free < _ROOM:
+            raise OSError(f"less than {_ROOM} bytes are free")
         lock.acquire()
     except Timeout as error:
         raise ClaimError(
@@ -49,7 +50,10 @@ def claim_folder(folder: Path) -> None:
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
+            raise PlanError(
+                f"the plan cannot be written to {str(folder / PLAN_FILE)!r}: {error}. Nothing was scored or trained; "
+                "free some space, or choose another output_dir"
+            ) from error
         LOG.warning("%s cannot be locked (%s), so a second run into it would not be noticed", folder, error.strerror)
     _held[folder.resolve()] = lock
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from axolotl.utils.logging import get_logger
-
+from axolotl_layersel.integration.log import LOG
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.method.calibration import Sample
 from axolotl_layersel.method.pilot import PilotSettings
-
-LOG = get_logger("axolotl.integrations.layersel")
 
 
 def pilot_settings(settings: RunSettings, sample: Sample, dataset: Any, *, world_size: int) -> PilotSettings | None:

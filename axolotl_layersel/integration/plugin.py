@@ -22,8 +22,9 @@ from torch import nn
 
 from axolotl_layersel.config.conflicts import names_plugin, zero_stage
 from axolotl_layersel.integration import apply
-from axolotl_layersel.integration import decide as run
-from axolotl_layersel.integration.output_folder import release_folders
+from axolotl_layersel.integration.decide import decide
+from axolotl_layersel.integration.log import LOG
+from axolotl_layersel.integration.output_folder import claim_folder, release_folders
 from axolotl_layersel.integration.prefix_guard import prefix_guards
 from axolotl_layersel.integration.processes import Processes, join_processes
 from axolotl_layersel.integration.ray_workers import config_as_written
@@ -33,7 +34,7 @@ from axolotl_layersel.plan import Plan
 from axolotl_layersel.report.model_card import add_to_model_card
 from axolotl_layersel.report.step_timer import StepTimer
 from axolotl_layersel.report.trackers import PlanTracker
-from axolotl_layersel.training import backward_cut as frontier
+from axolotl_layersel.training.backward_cut import restore_backward, stop_backward
 from axolotl_layersel.training.plan_guard import NoPlanGuard, PlanGuard
 from axolotl_layersel.training.trained_below_cut import obstacles
 
@@ -100,20 +101,18 @@ class LayerSelPlugin(BasePlugin):
         settings = current.settings
         current.processes = processes = join_processes(cpu=settings.use_cpu)
         with processes.stopping_together():
-            processes.main_only(lambda: run.claim(settings))
-            plan = run.decide(settings, model, current.dataset, processes=processes)
-            updates = apply.config_updates(settings, model, plan)
-            plan = apply.complete(settings, model, plan, updates)
+            processes.main_only(lambda: claim_folder(settings.plan_path.parent))
+            plan = apply.complete(settings, model, decide(settings, model, current.dataset, processes=processes))
             written = self.written.get(settings.config_file, {})
             processes.main_only(lambda: apply.publish(settings, plan, config_as_written=written))
         current.plan = plan
-        for key, value in updates.items():
+        for key, value in plan.config_updates.items():
             cfg[key] = value
         stack = find_stack(model)
         current.train_norm_and_head = settings.train_norm_and_head(stack)
         current.stop_backward = settings.stop_backward
         if current.stop_backward:
-            frontier.stop_backward(
+            stop_backward(
                 model, layers=stack.layers, first_trainable=plan.first_trainable, reentrant=settings.reentrant
             )
 
@@ -126,7 +125,7 @@ class LayerSelPlugin(BasePlugin):
         if not hasattr(model, "peft_config"):
             frozen = "unfrozen_parameters" in current.plan.config_updates
             if current.settings.adapter and frozen and current.processes.is_main:
-                run.LOG.info(
+                LOG.info(
                     "layersel: this trainer adds the adapters itself, later; until then axolotl rightly says that all "
                     "parameters are frozen. Before the first step the trainable ones are compared with the plan"
                 )
@@ -137,8 +136,8 @@ class LayerSelPlugin(BasePlugin):
         # The adapters of a continued one's frozen layers are frozen by name once the model is loaded.
         if found and not current.settings.continued_adapter:
             current.stop_backward = False
-            frontier.restore_backward(model)
-            run.LOG.warning("layersel: freezing saves no compute in this run: %s", " ".join(found))
+            restore_backward(model)
+            LOG.warning("layersel: freezing saves no compute in this run: %s", " ".join(found))
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """Hold the run to its plan; without one, evaluation is let through and training is not."""

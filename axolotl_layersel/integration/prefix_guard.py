@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from axolotl.utils.logging import get_logger
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_layersel.integration.cache_run import CacheRun
+from axolotl_layersel.integration.log import LOG
 from axolotl_layersel.integration.processes import Processes
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.prefix_cache.state_store import PrefixCacheError
-
-LOG = get_logger("axolotl.integrations.layersel")
 
 
 class PrefixGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any to mypy here

@@ -22,10 +22,15 @@ _PARAMETRIZED = ".parametrizations."  # where torch keeps experts that axolotl s
 class Adapters:
     """A run's adapters, as if every layer were trained."""
 
+    stock: LoraConfig  # as axolotl builds it from the user's keys, or as a saved adapter has it
     config: LoraConfig  # with targets as PEFT reads them for this model; "all-linear" is resolved
     modules: tuple[str, ...]  # full names of the modules with an adapter
     parameters: tuple[str, ...]  # the same for single parameters: the stacked tensors of experts
-    converted: bool  # PEFT itself turned targeted modules into parameters
+
+    @property
+    def converted(self) -> bool:
+        """Whether PEFT itself turned targeted modules into parameters."""
+        return set(self.config.target_parameters or ()) != set(self.stock.target_parameters or ())
 
 
 def adapted_modules(model: nn.Module, stock: LoraConfig) -> Adapters:
@@ -37,13 +42,12 @@ def adapted_modules(model: nn.Module, stock: LoraConfig) -> Adapters:
     """
     config = copy.deepcopy(stock)
     convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
-    converted = set(config.target_parameters or ()) != set(stock.target_parameters or ())
     config = _maybe_include_all_linear_layers(config, model)
     named = [name for name, _ in model.named_modules() if name and _PARAMETRIZED not in f"{name}."]
     modules = tuple(name for name in named if check_target_module_exists(config, name))
     targets = config.target_parameters or ()
     parameters = [n for n in _parameter_names(model) if any(n == t or n.endswith(f".{t}") for t in targets)]
-    return Adapters(config, modules, tuple(parameters), converted)
+    return Adapters(stock, config, modules, tuple(parameters))
 
 
 def _parameter_names(model: nn.Module) -> list[str]:

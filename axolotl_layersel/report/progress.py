@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
-LOG = logging.getLogger("axolotl.integrations.layersel")
+from axolotl_layersel.log import LOG
 
 SECONDS_BETWEEN_LINES = 15.0
 LINE = "{desc}: {n_fmt}/{total_fmt} rows, {elapsed} passed, {remaining} left{postfix}"

@@ -9,7 +9,6 @@ synchronisation, which is why it is only a few steps.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from statistics import median
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from axolotl_layersel.log import LOG
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.report.trackers import log_measured
 
-LOG = logging.getLogger("axolotl.integrations.layersel")
 WARM_UP = 10
 MEASURED = 10
 

@@ -17,10 +17,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from peft import LoraConfig
 from torch import nn
 
-from axolotl_layersel.model.adapted_modules import Adapters, adapted_modules
+from axolotl_layersel.model.adapted_modules import Adapters
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.parameter_names import layer_of
 from axolotl_layersel.training.trainable_parameters import layer_numbers
@@ -33,7 +32,7 @@ def adapter_updates(
     stack: DecoderStack,
     *,
     first_trainable: int,
-    stock: LoraConfig,
+    adapters: Adapters,
     named: Sequence[str] = (),
     target_linear: bool = False,
 ) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def adapter_updates(
         model: the base model, before PEFT wraps it.
         stack: found in it.
         first_trainable: k.
-        stock: the adapter config that axolotl builds from the user's keys.
+        adapters: of the run, as if every layer were trained.
         named: the modules that the user listed, without those that `lora_target_linear` adds.
         target_linear: `lora_target_linear` is set.
 
@@ -52,10 +51,9 @@ def adapter_updates(
     """
     kept = (*range(first_trainable, stack.num_layers), None)
     names = [name for name, _ in model.named_modules()]
-    adapters = adapted_modules(model, stock)
     config = adapters.config
-    if isinstance(stock.target_modules, str):
-        updates, outside = _named_one_by_one(stock.target_modules, adapters, stack, kept)
+    if isinstance(adapters.stock.target_modules, str):
+        updates, outside = _named_one_by_one(adapters.stock.target_modules, adapters, stack, kept)
     else:
         updates, outside = _listed(adapters, stack, names, kept, named=named, target_linear=target_linear)
     if config.target_parameters:

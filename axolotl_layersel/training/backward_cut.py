@@ -15,23 +15,21 @@ Where something on the input side of the cut is trained, gradients must reach it
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from axolotl_layersel.log import LOG
 from axolotl_layersel.model.decoder_stack import first_tensor, unwrap
-
-LOG = logging.getLogger(__name__)
 
 # transformers (modeling_utils) uses the first name, PEFT and TRL the second, for models that have no such method.
 _INPUT_GRAD_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_grad"})
 _TILED = "_compute_params"  # an attribute of the modules that axolotl tiles (`tiled_mlp`)
 
 
-class FrontierError(RuntimeError):
+class BackwardCutError(RuntimeError):
     """The backward pass does not stop where the plan says, or other parameters are trained than the plan says."""
 
 
@@ -85,13 +83,13 @@ def boundary(module: nn.Module, _args: Any, output: Any) -> Any:
     """Forward hook of the last frozen layer under reentrant checkpointing: make its output a leaf that requires grad.
 
     Raises:
-        FrontierError: the output already needs gradient, so that a leaf would cut off something that is trained.
+        BackwardCutError: the output already needs gradient, so that a leaf would cut off something that is trained.
     """
     if not (module.training and torch.is_grad_enabled()):
         return output
     state = first_tensor(output)
     if state.requires_grad:
-        raise FrontierError(
+        raise BackwardCutError(
             "the output of the last frozen decoder layer needs gradient, so something before it is trained or was made "
             "to require grad; a boundary here would cut it off: freeze it, or train all layers"
         )
@@ -129,7 +127,7 @@ def stop_backward(
             one layer's code, without the hook, for another, and what a caller asks for makes no difference there.
 
     Raises:
-        FrontierError: nothing in `model` has `enable_input_require_grads`.
+        BackwardCutError: nothing in `model` has `enable_input_require_grads`.
         ValueError: `first_trainable` is not in 0..L-1.
     """
     check_cut(layers, first_trainable)
@@ -193,7 +191,7 @@ def _owners(model: nn.Module) -> list[nn.Module]:
     """The transformers models in `model`, outermost first."""
     owners = [m for m in model.modules() if callable(getattr(type(m), "enable_input_require_grads", None))]
     if not owners:
-        raise FrontierError(
+        raise BackwardCutError(
             f"nothing in {type(model).__name__} has enable_input_require_grads; allowed are transformers models"
         )
     return owners

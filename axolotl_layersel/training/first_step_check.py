@@ -7,7 +7,6 @@ tokens, is excused.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -15,32 +14,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from axolotl_layersel.log import LOG
 from axolotl_layersel.model.decoder_stack import unwrap
 from axolotl_layersel.model.parameter_names import normalise, shorten
-from axolotl_layersel.training.backward_cut import FrontierError, boundary, check_cut, is_input_grad_hook
-
-LOG = logging.getLogger("axolotl.integrations.layersel")
+from axolotl_layersel.training.backward_cut import BackwardCutError, boundary, check_cut, is_input_grad_hook
 
 
 def check_trainable(model: nn.Module, *, expected: Collection[str]) -> None:
     """Compare the parameters that require grad with the plan's, by name and without regard to wrappers.
 
     Raises:
-        FrontierError: with the names that are missing and those that are trained although the plan freezes them.
+        BackwardCutError: with the names that are missing and those that are trained although the plan freezes them.
     """
     trained = {normalise(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     planned = {normalise(name) for name in expected}
     if not planned:
-        raise FrontierError("the plan trains no parameter at all")
+        raise BackwardCutError("the plan trains no parameter at all")
     if trained != planned:
-        raise FrontierError(
+        raise BackwardCutError(
             f"the trainable parameters are not those of the plan; "
             f"missing, {len(planned - trained)}: {shorten(planned - trained)}; "
             f"unexpected, {len(trained - planned)}: {shorten(trained - planned)}"
         )
 
 
-class FirstStepProof:
+class FirstStepCheck:
     """Watches one training step: the last frozen layer needed no gradient, every trained parameter got one.
 
     `attach` before the first forward pass, `check` after the first backward pass and before the optimizer step. A
@@ -68,13 +66,13 @@ class FirstStepProof:
         """Install the hooks.
 
         Raises:
-            FrontierError: the trainable parameters are not the expected ones, or the layers not those of the model.
+            BackwardCutError: the trainable parameters are not the expected ones, or the layers not those of the model.
         """
         self.detach()
         check_trainable(self._model, expected=self._expected)
         modules = {id(module) for module in self._model.modules()}
         if not all(id(unwrap(layer)) in modules for layer in self._layers):
-            raise FrontierError("the decoder layers to watch are not part of the model")
+            raise BackwardCutError("the decoder layers to watch are not part of the model")
         self._needed, self._ran, self._reached = set(), set(), set()
         trained = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         self._parameters = {normalise(name): parameter for name, parameter in trained}
@@ -104,7 +102,7 @@ class FirstStepProof:
             that no token was routed to.
 
         Raises:
-            FrontierError: with the layer or module that needed a gradient, or got none.
+            BackwardCutError: with the layer or module that needed a gradient, or got none.
         """
         self.detach()
         if self._cut > 0:
@@ -113,19 +111,19 @@ class FirstStepProof:
         without = [name for name in without if self._parameters[name].numel()]  # an empty shard gets none
         silent = {name.rpartition(".")[0] for name in without if name in self._ran}
         if silent:
-            raise FrontierError(f"ran in the first step but got no gradient: {shorten(silent)}")
+            raise BackwardCutError(f"ran in the first step but got no gradient: {shorten(silent)}")
         for index, layer in list(enumerate(self._layers))[self._cut :]:
             ids = {id(parameter) for parameter in layer.parameters()}
             inside = [name for name, parameter in self._parameters.items() if id(parameter) in ids]
             ran = not self._ran or f"decoder layer {index}" in self._ran
             if ran and inside and set(inside) <= set(without):
                 # Fused kernels read weights without running modules; only a whole layer without gradient shows it.
-                raise FrontierError(
+                raise BackwardCutError(
                     f"decoder layer {index} ran in the first step, but none of its {len(inside)} trained parameters "
                     f"got a gradient: {shorten(inside)}"
                 )
         if len(without) == len(self._parameters):
-            raise FrontierError(f"no trained parameter got a gradient in the first step: {shorten(without)}")
+            raise BackwardCutError(f"no trained parameter got a gradient in the first step: {shorten(without)}")
         if without:
             LOG.info("no gradient in the first step, because their modules did not run: %s", shorten(without))
         return without
@@ -134,7 +132,7 @@ class FirstStepProof:
         last = unwrap(self._layers[self._cut - 1])
         where = next(normalise(name) for name, module in self._model.named_modules() if module is last)
         if not self._needed and not self._reached:
-            raise FrontierError(
+            raise BackwardCutError(
                 f"decoder layer {self._cut - 1} ({where}) did not run with gradients on between attach and check, so "
                 "nothing is proved; check after the first backward pass"
             )
@@ -144,7 +142,7 @@ class FirstStepProof:
             hooks = [hook for module in self._model.modules() for hook in module._forward_hooks.values()]
             self._needed.add(any(p.requires_grad for p in frozen) or any(is_input_grad_hook(hook) for hook in hooks))
         if True in self._needed:
-            raise FrontierError(
+            raise BackwardCutError(
                 f"the output of frozen decoder layer {self._cut - 1} ({where}) needs gradient, so the backward pass "
                 f"does not stop at the cut {self._cut}; something before it is trained or was made to require grad"
             )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from axolotl_layersel.log import LOG
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER, Plan, write_text
 from axolotl_layersel.training.backward_cut import stop_backward
-from axolotl_layersel.training.first_step_check import FirstStepProof, check_trainable
+from axolotl_layersel.training.first_step_check import FirstStepCheck, check_trainable
 from axolotl_layersel.training.trainable_parameters import expected_trainable
-
-LOG = logging.getLogger("axolotl.integrations.layersel")
 
 
 class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any to mypy here
@@ -33,7 +31,7 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
         self.train_norm_and_head = train_norm_and_head
         self.stop_backward = stop_backward
         self.reentrant = reentrant
-        self.proof: FirstStepProof | None = None
+        self.first_step: FirstStepCheck | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
@@ -50,23 +48,23 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
         check_trainable(model, expected=expected)
         k = self.plan.first_trainable if self.stop_backward else 0
         stop_backward(model, layers=stack.layers, first_trainable=k, reentrant=self.reentrant)  # late wrappers too
-        self.proof = FirstStepProof(
+        self.first_step = FirstStepCheck(
             model,
             layers=stack.layers,
             first_trainable=k,
             expected_trainable=expected,
         )
-        self.proof.attach()
+        self.first_step.attach()
         LOG.info("layersel: %d trainable parameters match the plan, name by name", len(expected))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """After the first backward pass: no gradient below the cut, one for every trainable parameter."""
-        if self.proof is None:
+        if self.first_step is None:
             return
-        self.proof.check()
-        self.proof = None
+        self.first_step.check()
+        self.first_step = None
         if self.stop_backward and self.plan.first_trainable:
             LOG.info(
                 "layersel: proved in the first step: the backward pass stops at layer %d", self.plan.first_trainable
@@ -80,9 +78,9 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave no hook behind if the run ended before its first optimizer step."""
-        if self.proof is not None:
-            self.proof.detach()
-            self.proof = None
+        if self.first_step is not None:
+            self.first_step.detach()
+            self.first_step = None
             LOG.warning(
                 "layersel: training ended without a single step, so nothing was trained and nothing is proved. Unless "
                 "a finished run was resumed, the data is less than one batch: with `sample_packing: true` that takes "

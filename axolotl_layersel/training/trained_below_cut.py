@@ -6,7 +6,7 @@ from torch import nn
 
 from axolotl_layersel.model.decoder_stack import DecoderStack, unwrap
 from axolotl_layersel.model.parameter_names import normalise, shorten, within
-from axolotl_layersel.training.backward_cut import FrontierError
+from axolotl_layersel.training.backward_cut import BackwardCutError
 
 _REPLACED_PARTS = (".base_layer", ".original_module")  # where PEFT keeps the module that it stands in for
 
@@ -20,7 +20,7 @@ def obstacles(model: nn.Module, *, stack: DecoderStack, first_trainable: int) ->
         first_trainable: k; for 0 there is nothing to stop.
 
     Raises:
-        FrontierError: the stack is not part of `model`.
+        BackwardCutError: the stack is not part of `model`.
     """
     if first_trainable == 0:
         return []
@@ -28,7 +28,7 @@ def obstacles(model: nn.Module, *, stack: DecoderStack, first_trainable: int) ->
 
     def place(module: nn.Module) -> str:
         if id(unwrap(module)) not in names:
-            raise FrontierError(f"a {type(module).__name__} of the decoder stack is not part of the model")
+            raise BackwardCutError(f"a {type(module).__name__} of the decoder stack is not part of the model")
         name = names[id(unwrap(module))]
         while name.endswith(_REPLACED_PARTS):
             name = name.rpartition(".")[0]

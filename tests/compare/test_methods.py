@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ import torch.nn.functional as F
 from tiny import tiny_llama, tiny_llama_4bit, token_batch
 from torch import Tensor, nn
 
-from axolotl_layersel.compare import methods as comparison
-from axolotl_layersel.compare import other_signals as baselines
-from axolotl_layersel.compare.methods import Choice, Rule, compare_methods, spearman
-from axolotl_layersel.compare.other_signals import BaselineError
+from axolotl_layersel.compare import other_signals
+from axolotl_layersel.compare.methods import Choice, Rule, compare_methods, spearman, table
+from axolotl_layersel.compare.other_signals import SignalError
 from axolotl_layersel.method.calibration import Row
 from axolotl_layersel.method.retention import forward_law, unlike_the_known
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import find_stack
+from axolotl_layersel.model.latent_states import left_as_found
 
 L = 4
 RULE = Rule("coverage", 0.95, 1.0, 1)
@@ -55,6 +56,12 @@ def states(network: Any, row: Row) -> list[Tensor]:
     return [first, *seen]
 
 
+def evaluated(signal: Callable[..., Any], network: Any, *args: Any, **options: Any) -> Any:
+    """A signal as the comparison takes it: of a model that is not in training."""
+    with left_as_found(network):
+        return signal(*args, **options)
+
+
 # ---- gradients -----------------------------------------------------------------------------------------------------
 
 
@@ -78,27 +85,27 @@ def reference_gradient_norms(network: Any, sample: list[Row]) -> np.ndarray[Any,
 def test_gradient_norm_is_the_mean_over_rows_of_what_autograd_gives() -> None:
     network, sample = model(), rows()
     expected = reference_gradient_norms(network, sample).mean(axis=0)
-    found = baselines.gradient_norm(network, find_stack(network), sample)
+    found = evaluated(other_signals.gradient_norm, network, network, find_stack(network), sample)
     np.testing.assert_allclose(found, expected, rtol=1e-4)  # float32 gradients, summed in another order
 
 
 def test_relative_gradient_norm_divides_by_the_norm_of_the_weights() -> None:
     network, sample = model(), rows()
     stack = find_stack(network)
-    absolute = baselines.gradient_norm(network, stack, sample)
-    before = baselines.relative_gradient_norm(stack, absolute)
+    absolute = evaluated(other_signals.gradient_norm, network, network, stack, sample)
+    before = other_signals.relative_gradient_norm(stack, absolute)
     weights = [
         float(torch.cat([p.detach().flatten() for p in layer.parameters()]).norm()) for layer in network.model.layers
     ]
     np.testing.assert_allclose(before, absolute / np.asarray(weights), rtol=1e-5)
 
 
-def test_gradients_leave_flags_gradients_mode_and_hooks_as_they_were() -> None:
+def test_the_comparison_leaves_flags_gradients_mode_and_hooks_as_they_were() -> None:
     network = model()
     frozen = network.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
     kept = network.lm_head.weight
     kept.grad = torch.ones_like(kept)
-    baselines.gradient_norm(network, find_stack(network), rows(2))
+    compare(network)
     assert network.training
     assert not frozen.requires_grad
     assert [p is kept for p in network.parameters() if p.grad is not None] == [True]
@@ -110,15 +117,15 @@ def test_gradients_are_restored_when_the_forward_pass_fails() -> None:
     network = model()
     broken = Row((10_000, 1, 2), (1, 1, 2))  # no such token
     with pytest.raises(IndexError):
-        baselines.gradient_norm(network, find_stack(network), [broken])
+        evaluated(other_signals.gradient_norm, network, network, find_stack(network), [broken])
     assert all(p.requires_grad and p.grad is None for p in network.parameters())
     assert all(not p._post_accumulate_grad_hooks for p in network.parameters())
 
 
 def test_quantised_weights_have_no_gradient_and_the_comparison_says_so(tmp_path: Path) -> None:
     network = tiny_llama_4bit(tmp_path, num_layers=L)
-    with pytest.raises(BaselineError, match="weights are quantised, so they have no gradient"):
-        baselines.gradient_norm(network, find_stack(network), rows(1))
+    with pytest.raises(SignalError, match="weights are quantised, so they have no gradient"):
+        evaluated(other_signals.gradient_norm, network, network, find_stack(network), rows(1))
     choices = {c.method: c for c in compare(network)}
     assert "quantised" in str(choices["gradient norm"].skipped)
     assert choices["gradient norm"].first_trainable is None
@@ -140,25 +147,25 @@ def test_the_snr_of_a_matrix_is_that_of_its_singular_values() -> None:
     weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
     weight += 3 * torch.outer(torch.ones(24), torch.ones(40))  # a signal far above the noise
     for matrix in (weight, weight.T):
-        assert baselines._snr(matrix) == pytest.approx(reference_snr(matrix), rel=1e-6)
+        assert other_signals._snr(matrix) == pytest.approx(reference_snr(matrix), rel=1e-6)
     both = torch.stack([weight, 2 * weight])  # experts: the mean over their matrices
-    assert baselines._snr(both) == pytest.approx((reference_snr(weight) + reference_snr(2 * weight)) / 2, rel=1e-6)
+    assert other_signals._snr(both) == pytest.approx((reference_snr(weight) + reference_snr(2 * weight)) / 2, rel=1e-6)
 
 
 def test_weight_snr_weighs_every_kind_of_matrix_alike_and_needs_no_data() -> None:
     network = model()
     kinds = [name for name, m in network.model.layers[0].named_modules() if isinstance(m, nn.Linear)]
-    table = np.asarray(
+    ratios = np.asarray(
         [[reference_snr(layer.get_submodule(kind).weight.detach()) for kind in kinds] for layer in network.model.layers]
     )
     np.testing.assert_allclose(
-        baselines.weight_snr(find_stack(network)), (table / table.sum(axis=0)).mean(axis=1), rtol=1e-6
+        other_signals.weight_snr(find_stack(network)), (ratios / ratios.sum(axis=0)).mean(axis=1), rtol=1e-6
     )
 
 
 def test_weight_snr_reads_4_bit_weights(tmp_path: Path) -> None:
-    exact = baselines.weight_snr(find_stack(model()))
-    quantised = baselines.weight_snr(find_stack(tiny_llama_4bit(tmp_path, num_layers=L)))
+    exact = other_signals.weight_snr(find_stack(model()))
+    quantised = other_signals.weight_snr(find_stack(tiny_llama_4bit(tmp_path, num_layers=L)))
     assert quantised.sum() == pytest.approx(1.0)
     np.testing.assert_allclose(quantised, exact, atol=0.1)  # 4 bits move each share by a few hundredths
 
@@ -173,15 +180,17 @@ def test_block_influence_is_the_mean_turn_of_all_tokens() -> None:
         hidden = states(network, row)
         cosines = [F.cosine_similarity(a, b, dim=-1) for a, b in pairwise(hidden)]
         turns += torch.stack(cosines, dim=1).tolist()
-    found = baselines.block_influence(network, find_stack(network), sample)
+    found = evaluated(other_signals.block_influence, network, find_stack(network), sample)
     np.testing.assert_allclose(found, 1 - np.mean(turns, axis=0), atol=1e-5)
 
 
 def test_block_influence_does_not_depend_on_the_batches() -> None:
     network, sample = model(), rows()
     stack = find_stack(network)
-    one = baselines.block_influence(network, stack, sample, batch_tokens=1)
-    np.testing.assert_allclose(one, baselines.block_influence(network, stack, sample, batch_tokens=10_000), atol=1e-6)
+    one = evaluated(other_signals.block_influence, network, stack, sample, batch_tokens=1)
+    np.testing.assert_allclose(
+        one, evaluated(other_signals.block_influence, network, stack, sample, batch_tokens=10_000), atol=1e-6
+    )
 
 
 def test_a_layer_that_does_nothing_has_no_influence_and_changes_nothing() -> None:
@@ -191,8 +200,8 @@ def test_a_layer_that_does_nothing_has_no_influence_and_changes_nothing() -> Non
         idle.self_attn.o_proj.weight.zero_()
         idle.mlp.down_proj.weight.zero_()
     stack = find_stack(network)
-    assert baselines.block_influence(network, stack, rows())[2] == pytest.approx(0.0, abs=1e-6)
-    assert baselines.state_change(network, stack, rows())[2] == pytest.approx(0.0, abs=1e-9)
+    assert evaluated(other_signals.block_influence, network, stack, rows())[2] == pytest.approx(0.0, abs=1e-6)
+    assert evaluated(other_signals.state_change, network, stack, rows())[2] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_cka_of_one_batch_is_the_unbiased_formula() -> None:
@@ -209,22 +218,22 @@ def test_cka_of_one_batch_is_the_unbiased_formula() -> None:
         return float((first - 2 / (n - 2) * one @ k @ m @ one) / (n * (n - 3)))
 
     expected = [1 - hsic(a, b) / np.sqrt(hsic(a, a) * hsic(b, b)) for a, b in pairwise(hidden)]
-    found = baselines.state_change(network, find_stack(network), [row])
+    found = evaluated(other_signals.state_change, network, find_stack(network), [row])
     np.testing.assert_allclose(found, np.clip(expected, 0, 1), atol=1e-5)
 
 
 def test_too_small_a_sample_for_cka_is_refused() -> None:
-    with pytest.raises(BaselineError, match="too small for CKA"):
-        baselines.state_change(model(), find_stack(model()), [Row((1, 2, 3), (1, 2, 3))])
+    with pytest.raises(SignalError, match="too small for CKA"):
+        evaluated(other_signals.state_change, model(), find_stack(model()), [Row((1, 2, 3), (1, 2, 3))])
 
 
 # ---- controls ------------------------------------------------------------------------------------------------------
 
 
 def test_random_weights_follow_their_seed() -> None:
-    assert baselines.random_weights(8, seed=3).tolist() == baselines.random_weights(8, seed=3).tolist()
-    assert baselines.random_weights(8, seed=3).tolist() != baselines.random_weights(8, seed=4).tolist()
-    assert baselines.equal_weights(3).tolist() == [1.0, 1.0, 1.0]
+    assert other_signals.random_weights(8, seed=3).tolist() == other_signals.random_weights(8, seed=3).tolist()
+    assert other_signals.random_weights(8, seed=3).tolist() != other_signals.random_weights(8, seed=4).tolist()
+    assert other_signals.equal_weights(3).tolist() == [1.0, 1.0, 1.0]
 
 
 # ---- comparison ----------------------------------------------------------------------------------------------------
@@ -295,7 +304,7 @@ def test_the_table_fits_80_columns_and_names_every_method() -> None:
     choices = compare(model(), step_of_cut=[1.0, 0.9, 0.8, 0.7])
     console = Console(width=80, no_color=True)
     with console.capture() as captured:
-        console.print(comparison.table(choices, num_layers=L))
+        console.print(table(choices, num_layers=L))
     lines = captured.get().splitlines()
     assert all(any(line.startswith(c.method) for line in lines) for c in choices)
     assert len(lines) == len(choices) + 2

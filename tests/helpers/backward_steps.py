@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from axolotl_layersel.model.decoder_stack import find_stack, unwrap
 from axolotl_layersel.model.parameter_names import normalise
 from axolotl_layersel.training.backward_cut import stop_backward
-from axolotl_layersel.training.first_step_check import FirstStepProof
+from axolotl_layersel.training.first_step_check import FirstStepCheck
 
 NUM_LAYERS, CUT = 6, 4
 MODES = ["lora", "qlora", "full"]
@@ -122,9 +122,9 @@ def assert_same_gradients(ours: Step, stock: Step) -> None:
     assert different == []
 
 
-def attached(model: Any, *, first_trainable: int = CUT) -> FirstStepProof:
+def attached(model: Any, *, first_trainable: int = CUT) -> FirstStepCheck:
     expected = [name for name, p in model.named_parameters() if p.requires_grad]
-    proof = FirstStepProof(
+    proof = FirstStepCheck(
         model, layers=find_stack(model).layers, first_trainable=first_trainable, expected_trainable=expected
     )
     proof.attach()

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.training.backward_cut import stop_backward
-from axolotl_layersel.training.first_step_check import FirstStepProof
+from axolotl_layersel.training.first_step_check import FirstStepCheck
 from axolotl_layersel.training.trainable_parameters import expected_trainable
 
 LAYERS, CUT = 5, 3
@@ -72,7 +72,7 @@ def case(*, lora: bool) -> dict[str, Any]:
         train_norm_and_head=not lora,
     )
     frozen = {n: p.full_tensor().clone() for n, p in sharded.named_parameters() if not p.requires_grad}
-    proof = FirstStepProof(sharded, layers=stack.layers, first_trainable=CUT, expected_trainable=expected)
+    proof = FirstStepCheck(sharded, layers=stack.layers, first_trainable=CUT, expected_trainable=expected)
     proof.attach()
     batch = token_batch()
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (sharded, whole)]

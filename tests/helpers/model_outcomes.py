@@ -30,8 +30,8 @@ from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.latent_states import left_as_found
 from axolotl_layersel.model.parameter_names import normalise
 from axolotl_layersel.plan import Plan
-from axolotl_layersel.training.backward_cut import FrontierError, stop_backward
-from axolotl_layersel.training.first_step_check import FirstStepProof, check_trainable
+from axolotl_layersel.training.backward_cut import BackwardCutError, stop_backward
+from axolotl_layersel.training.first_step_check import FirstStepCheck, check_trainable
 from axolotl_layersel.training.trainable_parameters import expected_trainable, resolve_train_head
 
 CUT = 2
@@ -73,7 +73,9 @@ def prepared(model: PreTrainedModel, case: Case, *, adapter: str | None, stock: 
     """
     cfg = config(case, adapter)
     plan = Plan(base_model="tiny", num_layers=NUM_LAYERS, first_trainable=CUT, adapter=adapter)
-    cfg = DictDefault({**cfg, **apply.config_updates(settings_of(cfg), model, plan)})
+    settings = settings_of(cfg)
+    adapters = apply.adapters_of(settings, model)
+    cfg = DictDefault({**cfg, **apply.config_updates(settings, model, plan, adapters)})
     layers = find_stack(model).layers
     whole: nn.Module = model
     if adapter:
@@ -150,7 +152,7 @@ def check_step(case: Case, model: PreTrainedModel, *, adapter: str | None) -> st
     check_trainable(whole, expected=expected)
     below = [n for n, _ in whole.named_parameters() for i in range(CUT) if f"{stack.layers_name}.{i}." in n]
     assert below and not [name for name in below if "lora_" in name]
-    proof = FirstStepProof(whole, layers=stack.layers, first_trainable=CUT, expected_trainable=expected)
+    proof = FirstStepCheck(whole, layers=stack.layers, first_trainable=CUT, expected_trainable=expected)
     proof.attach()
     loss, grads = step(whole)
     without = proof.check()
@@ -178,7 +180,7 @@ def load_4bit(case: Case) -> PreTrainedModel:
 
 @functools.cache
 def outcome(case_name: str) -> dict[str, str]:
-    """The cells of a model's row; only errors of our own (`ValueError`, `FrontierError`) count as a refusal."""
+    """The cells of a model's row; only errors of our own (`ValueError`, `BackwardCutError`) count as a refusal."""
     case = next(c for c in CASES if c.name == case_name)
     checks: dict[str, Callable[[], str]] = {
         "scored": lambda: check_scored(case),
@@ -190,7 +192,7 @@ def outcome(case_name: str) -> dict[str, str]:
     for column, check in checks.items():
         try:
             cells[column] = check()
-        except (ValueError, FrontierError) as error:
+        except (ValueError, BackwardCutError) as error:
             reason = case.refused.get(column)
             if reason is None or reason not in str(error):
                 raise

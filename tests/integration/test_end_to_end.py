@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 import axolotl_layersel._startup  # noqa: F401  # the alias, where the package is not installed
 from axolotl_layersel.plan import PlanError
-from axolotl_layersel.training.backward_cut import FrontierError
+from axolotl_layersel.training.backward_cut import BackwardCutError
 
 pytestmark = pytest.mark.slow
 
@@ -276,7 +276,7 @@ def test_a_trainable_set_other_than_the_plan_s_stops_the_run(tmp_path: Path, run
     plugin = next(iter(PluginManager.get_instance().plugins.values()))
     callbacks = plugin.add_callbacks_post_trainer
     plugin.add_callbacks_post_trainer = lambda cfg, trainer: [Meddler(), *callbacks(cfg, trainer)]
-    with pytest.raises(FrontierError, match="unexpected, 1: .*norm"):
+    with pytest.raises(BackwardCutError, match="unexpected, 1: .*norm"):
         axolotl_train(cfg=cfg, dataset_meta=meta)
     assert PlanGuard.on_train_begin is original
 

@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import psutil
 import pytest
-from axolotl.utils.dict import DictDefault
 from axolotl_runs import (
     UNINTERRUPTED,
     Finished,
@@ -31,9 +30,7 @@ from axolotl_runs import (
 )
 from plans import scored_plan
 
-from axolotl_layersel.integration import decide as runs
 from axolotl_layersel.integration.output_folder import LOCK_FILE, ClaimError, claim_folder, release_folders
-from axolotl_layersel.integration.run_settings import settings_of
 from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
 
 pytestmark = pytest.mark.slow
@@ -208,10 +205,8 @@ def test_a_file_that_does_not_fit_leaves_the_old_plan_whole(tmp_path: Path) -> N
 def test_a_folder_that_cannot_be_written_is_refused_before_scoring(tmp_path: Path) -> None:
     """A file stands where the plan's folder must be; a read-only or full file system fails in the same call."""
     (tmp_path / "layersel").write_text("in the way")
-
-    settings = settings_of(DictDefault({"base_model": "tiny", "output_dir": str(tmp_path)}))
     with pytest.raises(PlanError, match=r"the plan cannot be written to .*Nothing was scored or trained.*output_dir"):
-        runs.claim(settings)
+        claim_folder(tmp_path / "layersel")
     release_folders()
 
 

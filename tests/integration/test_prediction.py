@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 
 from axolotl_layersel.cost.cut_cost import StepShape, cut_costs
-from axolotl_layersel.integration.apply import mode_of
+from axolotl_layersel.integration.apply import adapters_of, mode_of
 from axolotl_layersel.integration.run_settings import settings_of
 from axolotl_layersel.model.decoder_stack import find_stack
 
@@ -30,7 +30,8 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 def mode(**options: Any) -> Any:
     model = tiny_llama()
-    return mode_of(settings_of(DictDefault({**BASE, **options})), model, find_stack(model))
+    settings = settings_of(DictDefault({**BASE, **options}))
+    return mode_of(settings, find_stack(model), adapters_of(settings, model))
 
 
 def test_compiled_runs_do_not_checkpoint_reentrantly() -> None:
@@ -51,8 +52,8 @@ def test_a_continued_adapter_is_the_one_that_was_saved(tmp_path: Path) -> None:
 def test_adapters_on_experts_alone_need_no_plan() -> None:
     """`compare` predicts before a cut is chosen, and so before the plugin writes the targets of its layers."""
     model = next(case for case in CASES if case.name == "Mixtral").model()
-    cfg = DictDefault({**BASE, "lora_target_modules": None, "lora_target_parameters": EXPERTS})
-    found = mode_of(settings_of(cfg), model, find_stack(model))
+    settings = settings_of(DictDefault({**BASE, "lora_target_modules": None, "lora_target_parameters": EXPERTS}))
+    found = mode_of(settings, find_stack(model), adapters_of(settings, model))
     cost = cut_costs(find_stack(model), mode=found, shape=StepShape(batch=1, positions=8))[0].cut
     lora = LoraConfig(r=4, target_modules=[], target_parameters=EXPERTS, task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, lora)

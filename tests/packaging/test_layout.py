@@ -10,19 +10,20 @@ import axolotl_layersel
 PACKAGE = Path(axolotl_layersel.__file__).parent
 
 MAY_IMPORT: dict[str, set[str]] = {  # a subpackage, or a module at the top -> what of the package it may import
+    "log": set(),
     "plan_parts": set(),
     "plan": {"plan_parts"},
     "config": set(),
     "model": set(),
-    "method": {"model", "plan_parts"},
+    "method": {"log", "model", "plan_parts"},
     "cost": {"model", "plan_parts"},
-    "prefix_cache": {"model", "plan"},
-    "training": {"model", "plan", "prefix_cache"},
+    "prefix_cache": {"log", "model", "plan"},
+    "training": {"log", "model", "plan"},
     "compare": {"method", "model", "plan"},
-    "report": {"plan", "plan_parts", "config"},
+    "report": {"log", "plan", "plan_parts", "config"},
     "integration": {
-        "plan", "plan_parts", "config", "model", "method", "cost", "prefix_cache", "training", "compare", "report",
-        "__init__",
+        "log", "plan", "plan_parts", "config", "model", "method", "cost", "prefix_cache", "training", "compare",
+        "report", "__init__",
     },
     "cli": {"plan", "report", "compare", "integration"},
     "plugin": {"integration"},

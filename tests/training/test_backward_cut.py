@@ -47,13 +47,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.parameter_names import normalise
 from axolotl_layersel.training.backward_cut import (
-    FrontierError,
+    BackwardCutError,
     boundary,
     no_input_grads,
     restore_backward,
     stop_backward,
 )
-from axolotl_layersel.training.first_step_check import FirstStepProof
+from axolotl_layersel.training.first_step_check import FirstStepCheck
 from axolotl_layersel.training.trained_below_cut import obstacles
 
 
@@ -218,7 +218,7 @@ def test_a_cut_outside_the_layers_is_refused() -> None:
 
 def test_a_model_that_transformers_did_not_make_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    with pytest.raises(FrontierError, match="nothing in Sequential has enable_input_require_grads"):
+    with pytest.raises(BackwardCutError, match="nothing in Sequential has enable_input_require_grads"):
         stop_backward(model, layers=list(model), first_trainable=1)
 
 
@@ -292,7 +292,7 @@ def test_a_compiled_model_stops_at_the_cut_in_one_graph(checkpointing: dict[str,
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     proof = attached(compiled, first_trainable=2)
     compiled(**token_batch(), use_cache=False).loss.backward()
-    with pytest.raises(FrontierError, match=r"frozen decoder layer 1 \(model\.layers\.1\) needs gradient"):
+    with pytest.raises(BackwardCutError, match=r"frozen decoder layer 1 \(model\.layers\.1\) needs gradient"):
         proof.check()
 
 
@@ -310,7 +310,7 @@ def test_where_compiled_code_runs_no_hook_the_model_itself_is_judged(case: str) 
     if case == "stopped":
         assert proof.check() == []
     else:
-        with pytest.raises(FrontierError, match="needs gradient, so the backward pass does not stop at the cut 4"):
+        with pytest.raises(BackwardCutError, match="needs gradient, so the backward pass does not stop at the cut 4"):
             proof.check()
 
 
@@ -356,14 +356,14 @@ class Watch(TrainerCallback):
     """Repeats the call and proves the first step, as the plugin does."""
 
     def __init__(self) -> None:
-        self.proof: FirstStepProof | None = None
+        self.proof: FirstStepCheck | None = None
         self.without: list[str] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         layers = find_stack(model).layers
         stop_backward(model, layers=layers, first_trainable=CUT)
         expected = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.proof = FirstStepProof(model, layers=layers, first_trainable=CUT, expected_trainable=expected)
+        self.proof = FirstStepCheck(model, layers=layers, first_trainable=CUT, expected_trainable=expected)
         self.proof.attach()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -463,7 +463,7 @@ def three_steps_of_ddp(rank: int, folder: str, checkpointing: str) -> None:
     expected = [name for name, p in model.named_parameters() if p.requires_grad]
     stop_backward(wrapped, layers=layers, first_trainable=CUT, reentrant=checkpointing == "reentrant")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    proof = FirstStepProof(wrapped, layers=layers, first_trainable=CUT, expected_trainable=expected)
+    proof = FirstStepCheck(wrapped, layers=layers, first_trainable=CUT, expected_trainable=expected)
     proof.attach()
     for index in range(3):
         step = take_step(model, run=wrapped, batch=token_batch(seed=10 * index + rank))
@@ -507,7 +507,7 @@ def test_the_boundary_keeps_what_else_a_layer_returns() -> None:
 def test_the_boundary_refuses_to_cut_off_something_trained(tmp_path: Path) -> None:
     model = build("full", tmp_path, checkpointing="reentrant", stop=True)
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
-    with pytest.raises(FrontierError, match="output of the last frozen decoder layer needs gradient"):
+    with pytest.raises(BackwardCutError, match="output of the last frozen decoder layer needs gradient"):
         model(**token_batch())
 
 

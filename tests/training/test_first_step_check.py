@@ -25,9 +25,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from axolotl_layersel.model.parameter_names import normalise
 from axolotl_layersel.training.backward_cut import (
-    FrontierError,
+    BackwardCutError,
 )
-from axolotl_layersel.training.first_step_check import FirstStepProof, check_trainable
+from axolotl_layersel.training.first_step_check import FirstStepCheck, check_trainable
 
 
 def test_names_are_the_same_under_every_wrapper(tmp_path: Path) -> None:
@@ -45,12 +45,12 @@ def test_other_trainable_parameters_than_planned_are_listed() -> None:
     train_only(model, lambda name: in_suffix(name) and "norm" not in name)
     expected = [name for name, _ in model.named_parameters() if in_suffix(name)]
     with pytest.raises(
-        FrontierError, match=r"missing, 5: model\.layers\.4\.input_layernorm\.weight, .*; unexpected, 0"
+        BackwardCutError, match=r"missing, 5: model\.layers\.4\.input_layernorm\.weight, .*; unexpected, 0"
     ):
         check_trainable(model, expected=expected)
-    with pytest.raises(FrontierError, match=r"unexpected, 14: .*, and 4 more"):
+    with pytest.raises(BackwardCutError, match=r"unexpected, 14: .*, and 4 more"):
         check_trainable(model, expected=["lm_head.weight"])
-    with pytest.raises(FrontierError, match="the plan trains no parameter at all"):
+    with pytest.raises(BackwardCutError, match="the plan trains no parameter at all"):
         check_trainable(model, expected=[])
 
 
@@ -85,7 +85,7 @@ def test_the_proof_notices_input_gradients(mode: str, checkpointing: str, tmp_pa
     proof = attached(model)
     model(**token_batch()).loss.backward()
     name = r"model\.layers\.3\) needs gradient, so the backward pass does not stop at the cut 4"
-    with pytest.raises(FrontierError, match=rf"frozen decoder layer 3 \(.*{name}"):
+    with pytest.raises(BackwardCutError, match=rf"frozen decoder layer 3 \(.*{name}"):
         proof.check()
     assert hooks_of(model) == before
 
@@ -95,7 +95,7 @@ def test_the_proof_takes_only_the_leaf_of_the_boundary(tmp_path: Path) -> None:
     model.model.layers[CUT - 1].register_forward_hook(lambda _module, _args, output: output * 1)
     proof = attached(model)
     model(**token_batch()).loss.backward()
-    with pytest.raises(FrontierError, match="needs gradient, so the backward pass does not stop at the cut 4"):
+    with pytest.raises(BackwardCutError, match="needs gradient, so the backward pass does not stop at the cut 4"):
         proof.check()
 
 
@@ -104,7 +104,7 @@ def test_the_proof_names_a_module_that_ran_without_gradient(full_model: Any) -> 
     proof = attached(full_model)
     full_model(**token_batch()).loss.backward()
     expected = "ran in the first step but got no gradient: .*layers.5.mlp.down_proj, .*gate_proj, .*up_proj"
-    with pytest.raises(FrontierError, match=expected):
+    with pytest.raises(BackwardCutError, match=expected):
         proof.check()
 
 
@@ -144,7 +144,7 @@ def test_the_proof_notices_a_fused_layer_that_trains_nothing(full_model: Any) ->
     full_model.model.layers[4] = FusedAway(full_model.model.layers[4])
     proof = attached(full_model)
     full_model(**token_batch()).loss.backward()
-    with pytest.raises(FrontierError, match="decoder layer 4 ran in the first step, but none of its 9 trained"):
+    with pytest.raises(BackwardCutError, match="decoder layer 4 ran in the first step, but none of its 9 trained"):
         proof.check()
 
 
@@ -152,14 +152,16 @@ def test_the_proof_needs_a_step(full_model: Any) -> None:
     proof = attached(full_model)
     with torch.no_grad():
         full_model(**token_batch())
-    with pytest.raises(FrontierError, match=r"layer 3 \(model\.layers\.3\) did not run with gradients on"):
+    with pytest.raises(BackwardCutError, match=r"layer 3 \(model\.layers\.3\) did not run with gradients on"):
         proof.check()
     proof = attached(full_model, first_trainable=0)
-    with pytest.raises(FrontierError, match="decoder layer 4 ran in the first step, but none of its 9 trained"):
+    with pytest.raises(BackwardCutError, match="decoder layer 4 ran in the first step, but none of its 9 trained"):
         proof.check()
     train_only(full_model, lambda name: name == "lm_head.weight")
     proof = attached(full_model, first_trainable=0)
-    with pytest.raises(FrontierError, match=r"no trained parameter got a gradient in the first step: lm_head\.weight"):
+    with pytest.raises(
+        BackwardCutError, match=r"no trained parameter got a gradient in the first step: lm_head\.weight"
+    ):
         proof.check()
     train_only(full_model, in_suffix)
     proof = attached(full_model)
@@ -176,10 +178,10 @@ def test_with_a_cut_at_zero_only_gradients_are_proved() -> None:
 
 
 def test_the_proof_starts_only_from_the_planned_parameters(full_model: Any) -> None:
-    proof = FirstStepProof(
+    proof = FirstStepCheck(
         full_model, layers=full_model.model.layers, first_trainable=CUT, expected_trainable=["lm_head.weight"]
     )
-    with pytest.raises(FrontierError, match="the trainable parameters are not those of the plan; missing, 0: none"):
+    with pytest.raises(BackwardCutError, match="the trainable parameters are not those of the plan; missing, 0: none"):
         proof.attach()
     assert hooks_of(full_model) == []
 
@@ -187,6 +189,6 @@ def test_the_proof_starts_only_from_the_planned_parameters(full_model: Any) -> N
 def test_the_proof_watches_the_layers_of_its_own_model(full_model: Any) -> None:
     expected = [name for name, p in full_model.named_parameters() if p.requires_grad]
     layers = copy.deepcopy(full_model).model.layers
-    proof = FirstStepProof(full_model, layers=layers, first_trainable=CUT, expected_trainable=expected)
-    with pytest.raises(FrontierError, match="decoder layers to watch are not part of the model"):
+    proof = FirstStepCheck(full_model, layers=layers, first_trainable=CUT, expected_trainable=expected)
+    with pytest.raises(BackwardCutError, match="decoder layers to watch are not part of the model"):
         proof.attach()

@@ -41,7 +41,7 @@ from axolotl_layersel.model.adapted_modules import adapted_modules
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.parameter_names import normalise
 from axolotl_layersel.training.backward_cut import restore_backward, stop_backward, tiled_input
-from axolotl_layersel.training.first_step_check import FirstStepProof
+from axolotl_layersel.training.first_step_check import FirstStepCheck
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
 TARGETS = {"MLP": MLP, "MLP and attention": ["q_proj", "down_proj"], "full": None}
@@ -93,7 +93,7 @@ def build(targets: list[str] | None, *, checkpointing: str, stop: bool) -> Any:
 def proved_step(model: Any, *, batch: dict[str, Tensor] | None = None) -> Step:
     """A step that the proof of every run has watched."""
     names = [normalise(name) for name, p in model.named_parameters() if p.requires_grad]
-    proof = FirstStepProof(model, layers=find_stack(model).layers, first_trainable=CUT, expected_trainable=names)
+    proof = FirstStepCheck(model, layers=find_stack(model).layers, first_trainable=CUT, expected_trainable=names)
     proof.attach()
     step = take_step(model, batch=batch)
     assert proof.check() == []

@@ -17,6 +17,7 @@ from axolotl.loaders.adapter import load_lora
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.freeze import freeze_layers_except
 from models import CASES
+from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -48,7 +49,8 @@ def updates_of(cfg: Mapping[str, Any], model: PreTrainedModel, cut: int) -> dict
     """The config keys that the plugin writes."""
     num_layers = find_stack(model).num_layers
     plan = Plan(base_model="tiny", num_layers=num_layers, first_trainable=cut, adapter=cfg.get("adapter"))
-    return apply.config_updates(settings_of(DictDefault({"output_dir": "out", **cfg})), model, plan)
+    settings = settings_of(DictDefault({"output_dir": "out", **cfg}))
+    return apply.config_updates(settings, model, plan, apply.adapters_of(settings, model))
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -157,7 +159,8 @@ def test_the_prediction_counts_the_adapters_of_experts(key: str) -> None:
     cfg, model = DictDefault({**BASE, **options}), tiny(name)
     updates = updates_of(cfg, model, 2)
     stack = find_stack(model)
-    mode = apply.mode_of(settings_of(DictDefault({"output_dir": "out", **cfg})), model, stack)
+    settings = settings_of(DictDefault({"output_dir": "out", **cfg}))
+    mode = apply.mode_of(settings, stack, apply.adapters_of(settings, model))
     cost = cut_costs(stack, mode=mode, shape=StepShape(batch=1, positions=8))[2]
     real, _ = load_lora(tiny(name), DictDefault({**BASE, **options, **updates}))
     assert cost.cut.trainable_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
@@ -266,8 +269,12 @@ def with_scalar() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {**BASE, "lora_model_dir": "somewhere"}])
-def test_a_parameter_that_is_a_single_number_is_refused_where_axolotl_cannot_freeze_it(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("continued", [False, True])
+def test_a_parameter_that_is_a_single_number_is_refused_where_axolotl_cannot_freeze_it(
+    continued: bool, tmp_path: Path
+) -> None:
+    LoraConfig(target_modules=ATTENTION).save_pretrained(tmp_path)
+    options = {**BASE, "lora_model_dir": str(tmp_path)} if continued else {}
     with pytest.raises(ValueError, match="'model.gate' is a single number"):
         updates_of({"base_model": "tiny", **options}, with_scalar(), 10)
 

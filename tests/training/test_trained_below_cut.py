@@ -23,7 +23,7 @@ from transformers import (
 
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.training.backward_cut import (
-    FrontierError,
+    BackwardCutError,
 )
 from axolotl_layersel.training.trained_below_cut import obstacles
 
@@ -119,5 +119,5 @@ def test_a_head_that_is_trained_by_itself_is_no_obstacle(tied: bool) -> None:
 
 
 def test_a_stack_of_another_model_is_refused() -> None:
-    with pytest.raises(FrontierError, match="is not part of the model"):
+    with pytest.raises(BackwardCutError, match="is not part of the model"):
         obstacles(tiny_llama(), stack=find_stack(tiny_llama()), first_trainable=CUT)
