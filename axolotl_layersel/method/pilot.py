@@ -38,9 +38,9 @@ from axolotl_layersel.method.pilot_size import (
     usual_rate,
 )
 from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen
-from axolotl_layersel.method.scoring_pass import out_of_memory
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.latent_states import left_as_found
+from axolotl_layersel.model.memory import out_of_memory
 from axolotl_layersel.plan_parts import Pilot
 
 Array = NDArray[np.float64]

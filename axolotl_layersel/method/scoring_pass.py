@@ -7,7 +7,6 @@ states are not finite stops the run with its number and the likely cause.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -26,9 +25,8 @@ from axolotl_layersel.method.transition import (
 )
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.latent_states import read_states
+from axolotl_layersel.model.memory import TooLargeError, halving_batches
 from axolotl_layersel.model.verify_stack import prove_stack
-
-LOG = logging.getLogger("axolotl.integrations.layersel")
 
 Progress = Callable[[int, int], None]  # rows done, tokens done
 
@@ -59,34 +57,31 @@ def measure(
     _check_tokens(rows, indices, num_embeddings=next(stack.embeddings.parameters()).shape[0])
     bases = semantic_bases(unembedding_weight(stack.head))
     norm = copy.deepcopy(stack.final_norm).float()  # read in float32 whatever the model's dtype
-    measured = _deviation(deviation, bases)
-    pending = list(batches(rows, indices, batch_tokens=batch_tokens))
+    of_states = _deviation(deviation, bases)
     parts = [RowStatistics.empty(stack.num_layers)]
     tokens, proved = 0, False
-    while pending:
-        batch = pending.pop(0)
-        try:
-            if not proved:
-                prove_stack(model, stack, input_ids=batch.input_ids[:1, :64].to(device))
-                proved = True
-            part = _measure_batch(
-                stack, batch.to(device), bases=bases, norm=norm, deviation=measured, transitions=transitions
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            if len(batch.rows) == 1:
-                raise ScoringError(
-                    f"one row of {batch.input_ids.shape[1]} tokens alone is too much for the memory of {device} "
-                    f"({error}); lower sequence_len, or choose the layers by hand with `layersel: {{first_layer: ...}}`"
-                ) from error
-            LOG.warning("out of memory with %d rows in a batch; scoring goes on with half of them", len(batch.rows))
-            pending = [half for b in (batch, *pending) for half in b.halves()]
-            continue
-        _check_finite(part, model, rows)
-        parts.append(part)
-        tokens += int(batch.attention_mask.sum())
-        progress(sum(len(p.rows_R) for p in parts), tokens)
+
+    def measured(batch: Batch) -> RowStatistics:
+        nonlocal proved
+        if not proved:
+            prove_stack(model, stack, input_ids=batch.input_ids[:1, :64].to(device))
+            proved = True
+        return _measure_batch(
+            stack, batch.to(device), bases=bases, norm=norm, deviation=of_states, transitions=transitions
+        )
+
+    drawn = batches(rows, indices, batch_tokens=batch_tokens)
+    try:
+        for batch, part in halving_batches(drawn, measured, halves=Batch.halves):
+            _check_finite(part, model, rows)
+            parts.append(part)
+            tokens += int(batch.attention_mask.sum())
+            progress(sum(len(p.rows_R) for p in parts), tokens)
+    except TooLargeError as error:
+        raise ScoringError(
+            f"one row of {error.batch.input_ids.shape[1]} tokens alone is too much for the memory of {device} "
+            f"({error}); lower sequence_len, or choose the layers by hand with `layersel: {{first_layer: ...}}`"
+        ) from error
     return RowStatistics.merge(parts)
 
 
@@ -157,12 +152,6 @@ def _head_loss(head: nn.Module, states_ND: Tensor, labels_N: Tensor, *, vocabula
             for states_nD, labels_n in zip(states_ND.split(some), labels_N.to(weight.device).split(some), strict=True)
         ]
     )
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out; for the CPU and for cuBLAS, torch says so only in words."""
-    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def _check_finite(part: RowStatistics, model: nn.Module, rows: Sequence[Row]) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.latent_states import left_as_found
+from axolotl_layersel.model.memory import halving_batches
 from axolotl_layersel.prefix_cache.bypass import TokenInputs, compute_states
 from axolotl_layersel.prefix_cache.samples import Integers, Key, find_segments, sample_key, token_inputs
 from axolotl_layersel.prefix_cache.state_store import StateStore
@@ -136,35 +137,25 @@ def fill_store(
     rows, tokens = sum(map(len, batches)), sum(len(s.ids) for batch in batches for s in batch)
     device = next(stack.layers[0].parameters()).device
     started = time.perf_counter()
+
+    def computed(batch: list[Sample]) -> Tensor:
+        return compute_states(stack, first_trainable=first_trainable, inputs=padded(batch, device)).cpu()
+
     with (
         tqdm(total=tokens, unit="token", unit_scale=True, desc="frozen layers", disable=not show_progress) as bar,
         left_as_found(model, autocast=autocast),
     ):
         done = 0
-        for batch in batches:
-            for some, states_BTD in _with_room(stack, batch, first_trainable=first_trainable, device=device):
-                states_BTD = states_BTD.cpu()
-                for row, sample in enumerate(some):
-                    store.add(sample.key, states_BTD[row, : len(sample.ids)])
-                done += len(some)
-                bar.set_postfix_str(f"{done} of {rows} rows", refresh=False)
-                bar.update(sum(len(s.ids) for s in some))
+        for batch, states_BTD in halving_batches(batches, computed, halves=_halves):
+            for row, sample in enumerate(batch):
+                store.add(sample.key, states_BTD[row, : len(sample.ids)])
+            done += len(batch)
+            bar.set_postfix_str(f"{done} of {rows} rows", refresh=False)
+            bar.update(sum(len(s.ids) for s in batch))
         store.flush()
     return Filled(rows=rows, tokens=tokens, seconds=time.perf_counter() - started)
 
 
-def _with_room(
-    stack: DecoderStack, batch: list[Sample], *, first_trainable: int, device: torch.device
-) -> Iterator[tuple[list[Sample], torch.Tensor]]:
-    """The states of a batch, in halves where memory does not suffice for all of it."""
-    try:
-        states = compute_states(stack, first_trainable=first_trainable, inputs=padded(batch, device))
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-        middle = len(batch) // 2
-    else:
-        yield batch, states
-        return
-    for half in (batch[:middle], batch[middle:]):
-        yield from _with_room(stack, half, first_trainable=first_trainable, device=device)
+def _halves(batch: list[Sample]) -> list[list[Sample]]:
+    middle = len(batch) // 2
+    return [batch[:middle], batch[middle:]] if middle else [batch]

@@ -229,7 +229,7 @@ def test_real_lack_of_memory_is_answered_with_smaller_batches(tmp_path: Path) ->
         "print('cut', score_layers(model, rows, batch_tokens=10**6).first_trainable)\n",
         tmp_path,
     ).check()
-    assert "out of memory with 64 rows in a batch; scoring goes on with half of them" in run.log
+    assert "out of memory: this batch and all after it are halved" in run.log
     assert "cut " in run.log
 
 

@@ -14,7 +14,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a subpackage, or a module at the top -> w
     "plan_parts": set(),
     "plan": {"plan_parts"},
     "config": set(),
-    "model": set(),
+    "model": {"log"},
     "method": {"log", "model", "plan_parts"},
     "cost": {"model", "plan_parts"},
     "prefix_cache": {"log", "model", "plan"},

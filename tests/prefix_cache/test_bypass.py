@@ -1,43 +1,17 @@
 """Layers below the cut do not run where their output is known, and the layers above cannot tell the difference."""
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tiny import add_lora, tiny_llama, token_batch, train_only
-from torch import Tensor, nn
+from frozen_layers import CUT, count_calls, full, lora, step
+from tiny import tiny_llama, token_batch
+from torch import Tensor
 
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.prefix_cache.bypass import PrefixBypass, TokenInputs, compute_states
 from axolotl_layersel.training.backward_cut import stop_backward
-
-CUT = 3
-
-
-def lora(model: Any) -> Any:
-    return add_lora(model, first_trainable=CUT)
-
-
-def full(model: Any) -> Any:
-    train_only(model, lambda name: any(f"layers.{i}." in name for i in range(CUT, 6)))
-    return model
-
-
-def count_calls(model: nn.Module) -> Counter[int]:
-    """How often the attention of each layer ran."""
-    calls: Counter[int] = Counter()
-    for index, layer in enumerate(find_stack(model).layers):
-        layer.self_attn.register_forward_hook(lambda *_, i=index: calls.update([i]))
-    return calls
-
-
-def step(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "non-reentrant", "reentrant"])

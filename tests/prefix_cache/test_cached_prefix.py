@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from frozen_layers import CUT, count_calls, full, lora, step
 from models import CASES, GEMMA_3N, Case
-from test_bypass import CUT, count_calls, full, lora, step
 from tiny import tiny_llama, tiny_llama_4bit
 from torch import Tensor, nn
 

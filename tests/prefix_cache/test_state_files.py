@@ -9,51 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import file_stores
 import pytest
 import torch
-from torch import Tensor
+from file_stores import PRINT, STATES, filled, opened, read, store
 
 from axolotl_layersel.prefix_cache.folders import clear_cache, list_caches
-from axolotl_layersel.prefix_cache.samples import Key, Segment
-from axolotl_layersel.prefix_cache.state_files import FileStore
-from axolotl_layersel.prefix_cache.state_store import MemoryStore, PrefixCacheError, StateStore, StoredAs, assemble
-
-PRINT = "0" * 32
-STATES: dict[Key, Tensor] = {
-    bytes([n] * 16): torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in range(1, 12)
-}
-
-
-def store(folder: Path, *, fingerprint: str = PRINT, stored_as: StoredAs = "model", width: int = 8) -> FileStore:
-    return FileStore(
-        folder / fingerprint,
-        fingerprint=fingerprint,
-        width=width,
-        dtype=torch.float32,
-        stored_as=stored_as,
-        file_bytes=400,  # several files
-    )
-
-
-def filled(folder: Path) -> FileStore:
-    made = store(folder)
-    for key, states in STATES.items():
-        made.add(key, states)
-    made.flush()
-    return made
-
-
-def opened(folder: Path) -> FileStore:
-    other = store(folder)
-    with other.locked():
-        other.load(clean=True)
-    return other
-
-
-def read(source: StateStore, key: Key) -> Tensor:
-    out = torch.empty(len(STATES[key]), 8)
-    source.copy_into(key, out)
-    return out
+from axolotl_layersel.prefix_cache.samples import Segment
+from axolotl_layersel.prefix_cache.state_store import MemoryStore, PrefixCacheError, StateStore, assemble
 
 
 def test_a_later_run_reads_what_was_written(tmp_path: Path) -> None:
@@ -172,10 +135,10 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_whole(tmp_path: Path) -> No
     code = """
 import resource, signal, sys
 from pathlib import Path
-sys.path[:0] = sys.argv[2:]
-import test_state_files as t
+sys.path.append(sys.argv[2])
+from file_stores import filled
 from axolotl_layersel.prefix_cache.state_store import PrefixCacheError
-made = t.filled(Path(sys.argv[1]))
+made = filled(Path(sys.argv[1]))
 import torch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -185,7 +148,7 @@ except PrefixCacheError as error:
     print(error)
 """
     ran = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)],
+        [sys.executable, "-c", code, str(tmp_path), str(Path(file_stores.__file__).parent)],
         check=True,
         capture_output=True,
         text=True,
