@@ -26,10 +26,11 @@ from torch.utils import _pytree as pytree
 
 from axolotl_layersel.cost.as_in_training import Learnt, add_adapters, in_training, own_parts, unpack_weights
 from axolotl_layersel.cost.count_step import StepCount, count_step
-from axolotl_layersel.cost.layer_inputs import LayerInput, record_inputs, visible_kernels
+from axolotl_layersel.cost.visible_kernels import visible_kernels
 from axolotl_layersel.model.adapted_modules import Adapters
 from axolotl_layersel.model.decoder_stack import DecoderStack, first_tensor, unwrap
 from axolotl_layersel.model.latent_states import left_as_found
+from axolotl_layersel.model.layer_inputs import LayerInput, record_inputs
 
 Case = Literal["trained", "first", "passed"]
 CASES: tuple[Case, ...] = ("passed", "first", "trained")  # adapters come with the second
@@ -106,7 +107,7 @@ def measure_layers(
     unit = min(unit, (getattr(config, "max_position_embeddings", None) or 3 * unit) // 3)
     lengths = (unit, 2 * unit, 3 * unit)
     with left_as_found(stack.backbone, autocast=autocast), visible_kernels(stack.backbone) as saves_pairs:
-        inputs = [record_inputs(stack, chosen.values(), length) for length in lengths]
+        inputs = [record_inputs(stack, chosen.values(), input_ids=_some_ids(stack, length)) for length in lengths]
         probes = {
             kind: _layer_cost(stack, i, [calls[i] for calls in inputs], adapters, autocast, saves_pairs)
             for kind, i in chosen.items()
@@ -116,6 +117,11 @@ def measure_layers(
     parts = (stack.final_norm, stack.head) if train_norm_and_head else ()
     parameters = sum(parameter.numel() for part in parts for parameter in part.parameters())
     return StackCost(layers=tuple(probes[kind] for kind in kinds), head=head, head_parameters=parameters)
+
+
+def _some_ids(stack: DecoderStack, length: int) -> Tensor:
+    weight = stack.embeddings.get_parameter("weight")
+    return (torch.arange(length, device=weight.device) * 31 % weight.shape[0])[None]
 
 
 def _check(stack: DecoderStack, adapters: Adapters | None) -> None:

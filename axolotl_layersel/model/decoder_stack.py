@@ -59,6 +59,11 @@ def first_tensor(output: Any) -> Tensor:
     )
 
 
+def given_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state that a decoder layer is called with, by position or by name."""
+    return first_tensor(args or kwargs.get("hidden_states"))
+
+
 def find_stack(model: nn.Module) -> DecoderStack:
     """Propose the decoder stack of a causal language model that transformers loaded, before or after PEFT wraps it.
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from axolotl_layersel.model.decoder_stack import DecoderStack, first_tensor
+from axolotl_layersel.model.decoder_stack import DecoderStack, first_tensor, given_state
 
 StateReader = Callable[[int, Tensor], None]  # (state index 0..L, hidden states (B, T, D))
 
@@ -58,19 +58,15 @@ def read_states(stack: DecoderStack, *, input_ids: Tensor, attention_mask: Tenso
         attention_mask: (B, T), 1 for real positions.
         reader: called inside the forward pass; it must not keep what it is given.
     """
-    handles = []
 
     def into_first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reader(0, first_tensor(args if args else kwargs.get("hidden_states")))
+        reader(0, given_state(args, kwargs))
 
     def out_of(index: int) -> Callable[[nn.Module, Any, Any], None]:
         return lambda _module, _args, output: reader(index + 1, first_tensor(output))
 
-    try:
-        handles.append(stack.layers[0].register_forward_pre_hook(into_first, with_kwargs=True))
+    with ExitStack() as hooks:
+        hooks.enter_context(stack.layers[0].register_forward_pre_hook(into_first, with_kwargs=True))
         for index, layer in enumerate(stack.layers):
-            handles.append(layer.register_forward_hook(out_of(index)))
+            hooks.enter_context(layer.register_forward_hook(out_of(index)))
         stack.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from axolotl_layersel.model.decoder_stack import DecoderStack, StackError, first_tensor, unwrap
+from axolotl_layersel.model.decoder_stack import DecoderStack, unwrap
+from axolotl_layersel.model.layer_inputs import record_inputs
 from axolotl_layersel.model.replaced_forward import replaced_forward
-
-
-class _Reached(Exception):
-    """Ends a forward pass early; no error."""
 
 
 def states_entering(stack: DecoderStack, layer: int, *, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -22,21 +19,7 @@ def states_entering(stack: DecoderStack, layer: int, *, input_ids: Tensor, atten
     Raises:
         StackError: the layer did not run.
     """
-    seen: list[Tensor] = []
-
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(first_tensor(args if args else kwargs.get("hidden_states")))
-        raise _Reached
-
-    handle = stack.layers[layer].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with suppress(_Reached):
-            stack.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    finally:
-        handle.remove()
-    if not seen:
-        raise StackError(f"layer {layer} did not run")
-    return seen[0]
+    return record_inputs(stack, [layer], input_ids=input_ids, attention_mask=attention_mask)[layer].state
 
 
 @contextmanager

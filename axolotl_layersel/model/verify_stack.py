@@ -7,12 +7,13 @@ logits; else `StackError` says which of it fails.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from axolotl_layersel.model.decoder_stack import DecoderStack, StackError, first_tensor
+from axolotl_layersel.model.decoder_stack import DecoderStack, StackError, first_tensor, given_state
 
 
 def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> None:
@@ -32,13 +33,11 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> 
     seen: dict[str, Tensor] = {}
     order: list[int] = []
     mismatch: list[str] = []
-    handles = []
 
     def into(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             order.append(index)
-            state = first_tensor(args if args else kwargs.get("hidden_states"))
-            if "state" in seen and not _same(seen["state"], state):
+            if "state" in seen and not _same(seen["state"], given_state(args, kwargs)):
                 mismatch.append(f"the input of layer {index} is not the output of the layer before it")
 
         return hook
@@ -53,20 +52,16 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> 
     def out_of_norm(_module: nn.Module, _args: Any, output: Any) -> None:
         seen["normed"] = first_tensor(output)
 
-    try:
+    with ExitStack() as hooks, torch.no_grad():
         for index, layer in enumerate(stack.layers):
-            handles.append(layer.register_forward_pre_hook(into(index), with_kwargs=True))
-            handles.append(layer.register_forward_hook(out_of))
-        handles.append(stack.final_norm.register_forward_pre_hook(into_norm))
-        handles.append(stack.final_norm.register_forward_hook(out_of_norm))
-        with torch.no_grad():
-            logits = model(input_ids=input_ids, use_cache=False).logits
-            whole, ran = dict(seen), list(order)
-            seen.clear()
-            stack.backbone(input_ids=input_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.enter_context(layer.register_forward_pre_hook(into(index), with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(out_of))
+        hooks.enter_context(stack.final_norm.register_forward_pre_hook(into_norm))
+        hooks.enter_context(stack.final_norm.register_forward_hook(out_of_norm))
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        whole, ran = dict(seen), list(order)
+        seen.clear()
+        stack.backbone(input_ids=input_ids, use_cache=False)
     if ran != list(range(stack.num_layers)):
         mismatch.append(f"its layers ran in the order {ran}")
     if "normed" not in whole:
