@@ -46,7 +46,7 @@ class CheckpointTrainedLayers:
     def __init__(
         self, *, owner: nn.Module, enable: Callable[..., None] | None, frozen: Sequence[nn.Module], reentrant: bool
     ) -> None:
-        self.owner = owner
+        self.owner: Any = owner
         self.enable = enable  # the instance's own earlier replacement, or None for the method of the class
         self.frozen = tuple(frozen)
         self.reentrant = reentrant
@@ -65,9 +65,9 @@ class CheckpointTrainedLayers:
                 self.reentrant,
             )
         wanted["use_reentrant"] = self.reentrant
-        _enable_checkpointing(self.owner, self.enable, wanted, *args, **kwargs)
-        for layer in self.frozen:
-            _checkpoint_off(layer.modules())
+        enable = self.enable or functools.partial(type(self.owner).gradient_checkpointing_enable, self.owner)
+        enable(wanted, *args, **kwargs)
+        _checkpoint_off(self.frozen)
 
 
 def run_plainly(_checkpoint: Any, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -153,8 +153,7 @@ def stop_backward(
         for module in (m for m in layer.modules() if hasattr(m, _TILED)):
             module.register_forward_pre_hook(tiled_input)
     _use_reentrant(model, reentrant)
-    for layer in frozen:
-        _checkpoint_off(layer.modules())
+    _checkpoint_off(frozen)
 
 
 def restore_backward(model: nn.Module) -> None:
@@ -197,13 +196,6 @@ def _owners(model: nn.Module) -> list[nn.Module]:
     return owners
 
 
-def _enable_checkpointing(owner: Any, enable: Callable[..., None] | None, *args: Any, **kwargs: Any) -> None:
-    if enable is None:
-        type(owner).gradient_checkpointing_enable(owner, *args, **kwargs)
-    else:
-        enable(*args, **kwargs)
-
-
 def _use_reentrant(model: nn.Module, reentrant: bool) -> None:
     """Where checkpointing is on, keep what it was enabled with, all but `use_reentrant`.
 
@@ -216,14 +208,14 @@ def _use_reentrant(model: nn.Module, reentrant: bool) -> None:
             vars(module)["_gradient_checkpointing_func"] = functools.partial(function.func, *function.args, **keywords)
 
 
-def _checkpoint_off(modules: Iterable[nn.Module]) -> None:
-    for module in modules:
+def _checkpoint_off(layers: Iterable[nn.Module]) -> None:
+    for module in (module for layer in layers for module in layer.modules()):
         if hasattr(module, "gradient_checkpointing"):
             vars(module)["gradient_checkpointing"] = False
 
 
 def _strip_input_grads(model: nn.Module) -> None:
-    _strip_hooks(model.modules(), is_input_grad_hook)
+    _strip_hooks(model, is_input_grad_hook)
     for owner in _owners(model):  # the handles that transformers keeps
         vars(owner).pop("_require_grads_hook", None)
         if "_require_grads_hooks" in vars(owner):
@@ -237,18 +229,16 @@ def is_input_grad_hook(hook: Any) -> bool:
 
 def _strip_additions(model: nn.Module) -> None:
     """Remove our boundary and tiled-MLP hooks and our checkpoint_fn replacements."""
-    _strip_hooks(model.modules(), lambda hook: hook is boundary)
+    _strip_hooks(model, lambda hook: hook in (boundary, tiled_input))
     for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is tiled_input]:
-            del module._forward_pre_hooks[key]
         present = vars(module).get("checkpoint_fn")
         if isinstance(present, functools.partial) and present.func is run_plainly:
             vars(module)["checkpoint_fn"] = present.args[0]
 
 
-def _strip_hooks(modules: Iterable[nn.Module], unwanted: Callable[[Any], bool]) -> None:
-    for module in modules:
-        for key in [key for key, hook in module._forward_hooks.items() if unwanted(hook)]:
-            del module._forward_hooks[key]
-            module._forward_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_always_called.pop(key, None)
+def _strip_hooks(model: nn.Module, unwanted: Callable[[Any], bool]) -> None:
+    for module in model.modules():
+        hooks: dict[int, Any]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if unwanted(hook)]:
+                del hooks[key]

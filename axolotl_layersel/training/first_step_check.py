@@ -1,4 +1,4 @@
-"""Hold a run to its plan: the trainable parameters by name, and in the first step where the gradients go.
+"""Hold a run to its plan: the trainable parameters by name, and, in the first step, where the gradients go.
 
 Nothing here trusts what `backward_cut.py` did. The output of the last frozen layer must need no gradient, and every
 trainable parameter whose module ran must get one; a module that did not run in the step, such as an expert without
@@ -7,7 +7,7 @@ tokens, is excused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,13 @@ def check_trainable(model: nn.Module, *, expected: Collection[str]) -> None:
 
 
 class FirstStepCheck:
-    """Watches one training step: the last frozen layer needed no gradient, every trained parameter got one.
+    """Watches one training step: the last frozen layer must need no gradient, every trained parameter must get one.
 
-    `attach` before the first forward pass, `check` after the first backward pass and before the optimizer step. A
+    Made before the first forward pass; `check` comes after the first backward pass and before the optimizer step. A
     compiled model is compiled once more when the hooks go; which of its modules ran is not known.
+
+    Raises:
+        BackwardCutError: the trainable parameters are not the expected ones, or the layers not those of the model.
     """
 
     def __init__(
@@ -54,42 +57,32 @@ class FirstStepCheck:
         expected_trainable: Collection[str],
     ) -> None:
         check_cut(layers, first_trainable)
+        check_trainable(model, expected=expected_trainable)
+        modules = {id(module) for module in model.modules()}
+        if not all(id(unwrap(layer)) in modules for layer in layers):
+            raise BackwardCutError("the decoder layers to watch are not part of the model")
         self._model, self._layers, self._cut = model, tuple(layers), first_trainable
-        self._expected = expected_trainable
-        self._handles: list[RemovableHandle] = []
-        self._parameters: dict[str, nn.Parameter] = {}
         self._needed: set[bool] = set()  # did the output of layer k-1 need gradient, in a pass with gradients on
         self._ran: set[str] = set()  # parameters whose module ran outside of compiled code, and decoder layers
         self._reached: set[str] = set()  # parameters that got a gradient
+        self._parameters = {normalise(name): p for name, p in model.named_parameters() if p.requires_grad}
+        self._handles = list(self._watch())
 
-    def attach(self) -> None:
-        """Install the hooks.
-
-        Raises:
-            BackwardCutError: the trainable parameters are not the expected ones, or the layers not those of the model.
-        """
-        self.detach()
-        check_trainable(self._model, expected=self._expected)
-        modules = {id(module) for module in self._model.modules()}
-        if not all(id(unwrap(layer)) in modules for layer in self._layers):
-            raise BackwardCutError("the decoder layers to watch are not part of the model")
-        self._needed, self._ran, self._reached = set(), set(), set()
-        trained = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
-        self._parameters = {normalise(name): parameter for name, parameter in trained}
-        names = {id(parameter): normalise(name) for name, parameter in trained}
+    def _watch(self) -> Iterator[RemovableHandle]:
         if self._cut > 0:
-            self._handles.append(self._layers[self._cut - 1].register_forward_hook(self._watch_boundary))
+            yield self._layers[self._cut - 1].register_forward_hook(self._watch_boundary)
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
         for module in self._model.modules():
             owned = [names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad]
             if owned:
-                self._handles.append(module.register_forward_hook(self._note_run(owned)))
-        for index, layer in list(enumerate(self._layers))[self._cut :]:
-            self._handles.append(layer.register_forward_hook(self._note_run([f"decoder layer {index}"])))
+                yield module.register_forward_hook(self._note_run(owned))
+        for index in range(self._cut, len(self._layers)):
+            yield self._layers[index].register_forward_hook(self._note_run([f"decoder layer {index}"]))
         for name, parameter in self._parameters.items():
-            self._handles.append(parameter.register_hook(self._note_gradient(name)))
+            yield parameter.register_hook(self._note_gradient(name))
 
     def detach(self) -> None:
-        """Remove the hooks; nothing of the proof stays in the model."""
+        """Remove the hooks; nothing of this check stays in the model."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -112,8 +105,8 @@ class FirstStepCheck:
         silent = {name.rpartition(".")[0] for name in without if name in self._ran}
         if silent:
             raise BackwardCutError(f"ran in the first step but got no gradient: {shorten(silent)}")
-        for index, layer in list(enumerate(self._layers))[self._cut :]:
-            ids = {id(parameter) for parameter in layer.parameters()}
+        for index in range(self._cut, len(self._layers)):
+            ids = {id(parameter) for parameter in self._layers[index].parameters()}
             inside = [name for name, parameter in self._parameters.items() if id(parameter) in ids]
             ran = not self._ran or f"decoder layer {index}" in self._ran
             if ran and inside and set(inside) <= set(without):
@@ -133,7 +126,7 @@ class FirstStepCheck:
         where = next(normalise(name) for name, module in self._model.named_modules() if module is last)
         if not self._needed and not self._reached:
             raise BackwardCutError(
-                f"decoder layer {self._cut - 1} ({where}) did not run with gradients on between attach and check, so "
+                f"decoder layer {self._cut - 1} ({where}) did not run with gradients on before the check, so "
                 "nothing is proved; check after the first backward pass"
             )
         if not self._needed:  # compiled code need not run hooks: what could make the output need gradient?

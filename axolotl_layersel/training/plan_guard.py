@@ -12,7 +12,7 @@ from axolotl_layersel.log import LOG
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER, Plan, write_text
 from axolotl_layersel.training.backward_cut import stop_backward
-from axolotl_layersel.training.first_step_check import FirstStepCheck, check_trainable
+from axolotl_layersel.training.first_step_check import FirstStepCheck
 from axolotl_layersel.training.trainable_parameters import expected_trainable
 
 
@@ -45,16 +45,9 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
             adapter=self.plan.adapter,
             train_norm_and_head=self.train_norm_and_head,
         )
-        check_trainable(model, expected=expected)
         k = self.plan.first_trainable if self.stop_backward else 0
         stop_backward(model, layers=stack.layers, first_trainable=k, reentrant=self.reentrant)  # late wrappers too
-        self.first_step = FirstStepCheck(
-            model,
-            layers=stack.layers,
-            first_trainable=k,
-            expected_trainable=expected,
-        )
-        self.first_step.attach()
+        self.first_step = FirstStepCheck(model, layers=stack.layers, first_trainable=k, expected_trainable=expected)
         LOG.info("layersel: %d trainable parameters match the plan, name by name", len(expected))
 
     def on_pre_optimizer_step(

@@ -122,11 +122,7 @@ def assert_same_gradients(ours: Step, stock: Step) -> None:
     assert different == []
 
 
-def attached(model: Any, *, first_trainable: int = CUT) -> FirstStepCheck:
+def watched_step(model: Any, *, first_trainable: int = CUT) -> FirstStepCheck:
     expected = [name for name, p in model.named_parameters() if p.requires_grad]
-    proof = FirstStepCheck(
-        model, layers=find_stack(model).layers, first_trainable=first_trainable, expected_trainable=expected
-    )
-    proof.attach()
-    proof.attach()
-    return proof
+    layers = find_stack(model).layers
+    return FirstStepCheck(model, layers=layers, first_trainable=first_trainable, expected_trainable=expected)

@@ -72,8 +72,7 @@ def case(*, lora: bool) -> dict[str, Any]:
         train_norm_and_head=not lora,
     )
     frozen = {n: p.full_tensor().clone() for n, p in sharded.named_parameters() if not p.requires_grad}
-    proof = FirstStepCheck(sharded, layers=stack.layers, first_trainable=CUT, expected_trainable=expected)
-    proof.attach()
+    watched = FirstStepCheck(sharded, layers=stack.layers, first_trainable=CUT, expected_trainable=expected)
     batch = token_batch()
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (sharded, whole)]
     losses, reference = [], []
@@ -81,7 +80,7 @@ def case(*, lora: bool) -> dict[str, Any]:
         loss = sharded(**batch, use_cache=False).loss
         loss.backward()
         if index == 0:
-            proof.check()
+            watched.check()
         optimizers[0].step()
         optimizers[0].zero_grad()
         losses.append(float(loss))

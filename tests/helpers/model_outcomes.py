@@ -152,10 +152,9 @@ def check_step(case: Case, model: PreTrainedModel, *, adapter: str | None) -> st
     check_trainable(whole, expected=expected)
     below = [n for n, _ in whole.named_parameters() for i in range(CUT) if f"{stack.layers_name}.{i}." in n]
     assert below and not [name for name in below if "lora_" in name]
-    proof = FirstStepCheck(whole, layers=stack.layers, first_trainable=CUT, expected_trainable=expected)
-    proof.attach()
+    watched = FirstStepCheck(whole, layers=stack.layers, first_trainable=CUT, expected_trainable=expected)
     loss, grads = step(whole)
-    without = proof.check()
+    without = watched.check()
     trained = {id(p) for p in whole.parameters() if p.requires_grad}
     assert {id(leaf) for leaf in leaves(loss)} <= trained, "the backward pass goes below the cut"
 

@@ -21,10 +21,10 @@ from backward_steps import (
     NUM_LAYERS,
     assert_same_gradients,
     assert_stopped,
-    attached,
     build,
     in_suffix,
     take_step,
+    watched_step,
 )
 from peft import prepare_model_for_kbit_training
 from tiny import VOCABULARY, add_lora, tiny_llama, tiny_llama_4bit, token_batch, train_only
@@ -278,11 +278,11 @@ def test_a_compiled_model_stops_at_the_cut_in_one_graph(checkpointing: dict[str,
         model.gradient_checkpointing_enable(checkpointing)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     stop_backward(compiled, layers=model.model.layers, first_trainable=2)
-    proof = attached(compiled, first_trainable=2)
+    watched = watched_step(compiled, first_trainable=2)
     for step in range(2):
         compiled(**token_batch(), use_cache=False).loss.backward()
         if step == 0:
-            assert proof.check() == []
+            assert watched.check() == []
             assert not any(module._forward_hooks for module in compiled.modules()), "nothing stays on the hot path"
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert gradients.keys() == expected.keys()
@@ -290,10 +290,10 @@ def test_a_compiled_model_stops_at_the_cut_in_one_graph(checkpointing: dict[str,
             torch.testing.assert_close(gradient, expected[name])
         model.zero_grad()
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
-    proof = attached(compiled, first_trainable=2)
+    watched = watched_step(compiled, first_trainable=2)
     compiled(**token_batch(), use_cache=False).loss.backward()
     with pytest.raises(BackwardCutError, match=r"frozen decoder layer 1 \(model\.layers\.1\) needs gradient"):
-        proof.check()
+        watched.check()
 
 
 @pytest.mark.parametrize("case", ["stopped", "input gradients", "trained below"])
@@ -304,14 +304,14 @@ def test_where_compiled_code_runs_no_hook_the_model_itself_is_judged(case: str) 
     model.enable_input_require_grads()
     if case != "input gradients":
         stop_backward(model, layers=model.model.layers, first_trainable=CUT)
-    proof = attached(model)
-    proof._handles.pop(0).remove()
+    watched = watched_step(model)
+    watched._handles.pop(0).remove()
     model(**token_batch()).loss.backward()
     if case == "stopped":
-        assert proof.check() == []
+        assert watched.check() == []
     else:
         with pytest.raises(BackwardCutError, match="needs gradient, so the backward pass does not stop at the cut 4"):
-            proof.check()
+            watched.check()
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
@@ -356,20 +356,19 @@ class Watch(TrainerCallback):
     """Repeats the call and proves the first step, as the plugin does."""
 
     def __init__(self) -> None:
-        self.proof: FirstStepCheck | None = None
+        self.watched: FirstStepCheck | None = None
         self.without: list[str] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         layers = find_stack(model).layers
         stop_backward(model, layers=layers, first_trainable=CUT)
         expected = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.proof = FirstStepCheck(model, layers=layers, first_trainable=CUT, expected_trainable=expected)
-        self.proof.attach()
+        self.watched = FirstStepCheck(model, layers=layers, first_trainable=CUT, expected_trainable=expected)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.without is None:
-            assert self.proof is not None
-            self.without = self.proof.check()
+            assert self.watched is not None
+            self.without = self.watched.check()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -463,12 +462,11 @@ def three_steps_of_ddp(rank: int, folder: str, checkpointing: str) -> None:
     expected = [name for name, p in model.named_parameters() if p.requires_grad]
     stop_backward(wrapped, layers=layers, first_trainable=CUT, reentrant=checkpointing == "reentrant")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    proof = FirstStepCheck(wrapped, layers=layers, first_trainable=CUT, expected_trainable=expected)
-    proof.attach()
+    watched = FirstStepCheck(wrapped, layers=layers, first_trainable=CUT, expected_trainable=expected)
     for index in range(3):
         step = take_step(model, run=wrapped, batch=token_batch(seed=10 * index + rank))
         if index == 0:
-            assert proof.check() == []
+            assert watched.check() == []
         assert_stopped(step)
         optimizer.step()
         optimizer.zero_grad()

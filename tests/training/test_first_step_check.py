@@ -13,9 +13,9 @@ from backward_steps import (
     CHECKPOINTING,
     CUT,
     MODES,
-    attached,
     build,
     in_suffix,
+    watched_step,
 )
 from tiny import tiny_llama, token_batch, train_only
 from torch import Tensor, nn
@@ -69,11 +69,11 @@ def hooks_of(model: nn.Module) -> list[Any]:
 def test_the_proof_passes_a_stopped_run_and_leaves_no_hook(mode: str, checkpointing: str, tmp_path: Path) -> None:
     model = build(mode, tmp_path, checkpointing=checkpointing, stop=True)
     before = hooks_of(model)
-    proof = attached(model)
+    watched = watched_step(model)
     with torch.no_grad():
         model(**token_batch())  # an evaluation before the first step is no evidence and no counter-evidence
     model(**token_batch()).loss.backward()
-    assert proof.check() == []
+    assert watched.check() == []
     assert hooks_of(model) == before
 
 
@@ -82,30 +82,30 @@ def test_the_proof_passes_a_stopped_run_and_leaves_no_hook(mode: str, checkpoint
 def test_the_proof_notices_input_gradients(mode: str, checkpointing: str, tmp_path: Path) -> None:
     model = build(mode, tmp_path, checkpointing=checkpointing, stop=False)
     before = hooks_of(model)
-    proof = attached(model)
+    watched = watched_step(model)
     model(**token_batch()).loss.backward()
     name = r"model\.layers\.3\) needs gradient, so the backward pass does not stop at the cut 4"
     with pytest.raises(BackwardCutError, match=rf"frozen decoder layer 3 \(.*{name}"):
-        proof.check()
+        watched.check()
     assert hooks_of(model) == before
 
 
 def test_the_proof_takes_only_the_leaf_of_the_boundary(tmp_path: Path) -> None:
     model = build("full", tmp_path, checkpointing="reentrant", stop=True)
     model.model.layers[CUT - 1].register_forward_hook(lambda _module, _args, output: output * 1)
-    proof = attached(model)
+    watched = watched_step(model)
     model(**token_batch()).loss.backward()
     with pytest.raises(BackwardCutError, match="needs gradient, so the backward pass does not stop at the cut 4"):
-        proof.check()
+        watched.check()
 
 
 def test_the_proof_names_a_module_that_ran_without_gradient(full_model: Any) -> None:
     full_model.model.layers[5].mlp.register_forward_hook(lambda _module, _args, output: output.detach())
-    proof = attached(full_model)
+    watched = watched_step(full_model)
     full_model(**token_batch()).loss.backward()
     expected = "ran in the first step but got no gradient: .*layers.5.mlp.down_proj, .*gate_proj, .*up_proj"
     with pytest.raises(BackwardCutError, match=expected):
-        proof.check()
+        watched.check()
 
 
 class OneOfFour(nn.Module):
@@ -122,9 +122,9 @@ class OneOfFour(nn.Module):
 def test_the_proof_allows_experts_that_no_token_was_routed_to(full_model: Any) -> None:
     layer = full_model.model.layers[5]
     layer.mlp = OneOfFour(layer.mlp)
-    proof = attached(full_model)
+    watched = watched_step(full_model)
     full_model(**token_batch()).loss.backward()
-    without = proof.check()
+    without = watched.check()
     assert len(without) == 9
     assert {name.split(".")[5] for name in without} == {"0", "1", "3"}
 
@@ -142,53 +142,50 @@ class FusedAway(nn.Module):
 
 def test_the_proof_notices_a_fused_layer_that_trains_nothing(full_model: Any) -> None:
     full_model.model.layers[4] = FusedAway(full_model.model.layers[4])
-    proof = attached(full_model)
+    watched = watched_step(full_model)
     full_model(**token_batch()).loss.backward()
     with pytest.raises(BackwardCutError, match="decoder layer 4 ran in the first step, but none of its 9 trained"):
-        proof.check()
+        watched.check()
 
 
 def test_the_proof_needs_a_step(full_model: Any) -> None:
-    proof = attached(full_model)
+    watched = watched_step(full_model)
     with torch.no_grad():
         full_model(**token_batch())
     with pytest.raises(BackwardCutError, match=r"layer 3 \(model\.layers\.3\) did not run with gradients on"):
-        proof.check()
-    proof = attached(full_model, first_trainable=0)
+        watched.check()
+    watched = watched_step(full_model, first_trainable=0)
     with pytest.raises(BackwardCutError, match="decoder layer 4 ran in the first step, but none of its 9 trained"):
-        proof.check()
+        watched.check()
     train_only(full_model, lambda name: name == "lm_head.weight")
-    proof = attached(full_model, first_trainable=0)
+    watched = watched_step(full_model, first_trainable=0)
     with pytest.raises(
         BackwardCutError, match=r"no trained parameter got a gradient in the first step: lm_head\.weight"
     ):
-        proof.check()
+        watched.check()
     train_only(full_model, in_suffix)
-    proof = attached(full_model)
-    proof.detach()
+    watched = watched_step(full_model)
+    watched.detach()
     assert hooks_of(full_model) == []
 
 
 def test_with_a_cut_at_zero_only_gradients_are_proved() -> None:
     model = tiny_llama()
     model.enable_input_require_grads()
-    proof = attached(model, first_trainable=0)
+    watched = watched_step(model, first_trainable=0)
     model(**token_batch()).loss.backward()
-    assert proof.check() == []
+    assert watched.check() == []
 
 
 def test_the_proof_starts_only_from_the_planned_parameters(full_model: Any) -> None:
-    proof = FirstStepCheck(
-        full_model, layers=full_model.model.layers, first_trainable=CUT, expected_trainable=["lm_head.weight"]
-    )
+    layers = full_model.model.layers
     with pytest.raises(BackwardCutError, match="the trainable parameters are not those of the plan; missing, 0: none"):
-        proof.attach()
+        FirstStepCheck(full_model, layers=layers, first_trainable=CUT, expected_trainable=["lm_head.weight"])
     assert hooks_of(full_model) == []
 
 
 def test_the_proof_watches_the_layers_of_its_own_model(full_model: Any) -> None:
     expected = [name for name, p in full_model.named_parameters() if p.requires_grad]
     layers = copy.deepcopy(full_model).model.layers
-    proof = FirstStepCheck(full_model, layers=layers, first_trainable=CUT, expected_trainable=expected)
     with pytest.raises(BackwardCutError, match="decoder layers to watch are not part of the model"):
-        proof.attach()
+        FirstStepCheck(full_model, layers=layers, first_trainable=CUT, expected_trainable=expected)

