@@ -30,7 +30,7 @@ _MARK = "_axolotl_layersel_alias"
 
 
 class AliasLoader:
-    """The loader that a module of axolotl would have had, and one step after it; the rest is handed through."""
+    """The loader that a module of axolotl would have had, with one step after it."""
 
     def __init__(self, loader: "Any") -> None:
         self.loader = loader

@@ -27,17 +27,18 @@ class PlanError(ValueError):
     """A plan cannot be read, or it was made for something else than what it is applied to."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One choice of layers. What was not scored is None."""
+    """One choice of layers, its fields in the order of the file. What was not scored is None."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    schema_version: int = SCHEMA_VERSION
+    created_by: dict[str, str] = field(default_factory=dict)  # package -> version
     base_model: str
+    revision: str | None = None
     adapter: Literal["lora", "qlora"] | None  # None for full fine-tuning
     num_layers: int  # L
     first_trainable: int  # k: layers k..L-1 are trained
-    created_by: dict[str, str] = field(default_factory=dict)  # package -> version
-    revision: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # the `layersel:` block in force
     scores: Scores | None = None
     prediction: Prediction | None = None
@@ -45,7 +46,6 @@ class Plan:
     config_updates: dict[str, Any] = field(default_factory=dict)  # the config keys that were written
     notes: list[str] = field(default_factory=list)  # what the user should know about this choice
     seconds: float | None = None  # spent on scoring
-    schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_trainable < self.num_layers:
@@ -66,16 +66,12 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan file's text: stable key order, two-space indent, finite numbers only."""
-        values = dataclasses.asdict(self)
-        ordered = {
-            "schema_version": values.pop("schema_version"),
-            "created_by": values.pop("created_by"),
-            **{name: values.pop(name) for name in ("base_model", "revision", "adapter", "num_layers")},
-            "first_trainable": values.pop("first_trainable"),
-            "trainable_layers": self.trainable_layers,
-            **values,
-        }
-        return json.dumps(ordered, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        values = {}
+        for name, value in dataclasses.asdict(self).items():
+            values[name] = value
+            if name == "first_trainable":
+                values["trainable_layers"] = self.trainable_layers
+        return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> Plan:
@@ -159,14 +155,14 @@ def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def _reasons(error: ValidationError) -> str:
     """What is wrong, key by key."""
-    told = []
+    reasons = []
     for entry in error.errors(include_url=False):
         if entry["type"] == "value_error":  # our own
-            told.append(str(entry["ctx"]["error"]))
+            reasons.append(str(entry["ctx"]["error"]))
             continue
         got = "" if entry["type"] == "missing" else f", got {str(entry['input'])[:60]!r}"
-        told.append(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}{got}")
-    return "; ".join(told)
+        reasons.append(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}{got}")
+    return "; ".join(reasons)
 
 
 def write_text(path: Path, text: str) -> None:

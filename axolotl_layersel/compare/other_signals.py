@@ -91,7 +91,7 @@ def _layers_require_grad(model: nn.Module, stack: DecoderStack) -> Iterator[list
     trained = [list(layer.parameters()) for layer in stack.layers]
     if not all(p.is_floating_point() for parameters in trained for p in parameters):
         raise SignalError("the weights are quantised, so they have no gradient: compare without load_in_4bit/8bit")
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     inside = {id(p) for parameters in trained for p in parameters}
     try:
         for parameter, _, _ in before:

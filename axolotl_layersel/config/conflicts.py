@@ -30,7 +30,7 @@ def is_plugin(name: Any) -> bool:
 
 
 def cut_is_given(cfg: Mapping[str, Any]) -> bool:
-    """Whether the config names a cut or a plan, so that nothing is scored."""
+    """Whether the config gives a cut or a plan, so that nothing is scored."""
     block = cfg.get("layersel")
     block = block if isinstance(block, Mapping) else {}
     return block.get("first_layer") is not None or block.get("plan") is not None
@@ -86,24 +86,24 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield f"`rl: {cfg['rl']}` cannot be scored, nor trained with a cut; allowed are {', '.join(SCORED_RL)}."
     if cfg.get("activation_offloading") in ("legacy", "disk"):
         yield (
-            f"`activation_offloading: {cfg['activation_offloading']}` checkpoints every layer whatever it is told: "
-            "use `true` or `hidden_states`."
+            f"`activation_offloading: {cfg['activation_offloading']}` turns checkpointing on again for every layer, "
+            "frozen ones too: use `true` or `hidden_states`."
         )
     if cfg.get("rl") == "simpo" and cfg.get("simpo_gamma") is None:
         yield "`rl: simpo` without `simpo_gamma` fails in the trainer's first step: set it, 0.5 is TRL's own default."
     if not cut_is_given(cfg):
-        yield from _rows_without_tokens(cfg)
-    if (reason := sharded(cfg)) and not cut_is_given(cfg):
+        yield from _not_scorable(cfg)
+
+
+def _not_scorable(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """Why nothing can be scored before training starts."""
+    if reason := sharded(cfg):
         yield (
             f"{reason}, so no process can run the model to score it: score once on one process with `axolotl layersel "
             f"score {cfg.get('axolotl_config_path') or 'CONFIG'}`, then train with `layersel: {{plan: "
             f"{str(cfg.get('output_dir') or 'OUTPUT_DIR').rstrip('/')}/layersel/plan.json}}`; or give the cut with "
             "`layersel: {first_layer: ...}`."
         )
-
-
-def _rows_without_tokens(cfg: Mapping[str, Any]) -> Iterator[str]:
-    """Why there is nothing to score before training starts."""
     collated = not (cfg.get("rl") or cfg.get("sample_packing") or cfg.get("pretraining_dataset"))
     if cfg.get("processor_type") and collated:
         with_rows = "" if cfg.get("skip_prepare_dataset") else ", with `skip_prepare_dataset: true` as axolotl needs it"
@@ -183,8 +183,8 @@ def _notes(cfg: Mapping[str, Any]) -> Iterator[str]:
             yield "`use_reentrant: true` is changed to false: a compiled layer may lose the boundary at the cut."
         else:
             yield (
-                "`use_reentrant: true` is kept: the input of the first trained layer is made to require grad, and its "
-                "gradient is computed in vain; `use_reentrant: false` is cheaper."
+                "`use_reentrant: true` is kept: the input of the first trained layer is made to require grad, and a "
+                "gradient is computed that nobody uses; `use_reentrant: false` is cheaper."
             )
 
 

@@ -51,7 +51,7 @@ def in_training(module: nn.Module, *, learns: Learnt) -> Iterator[None]:
 
 @contextmanager
 def own_parts(layer: nn.Module) -> Iterator[None]:
-    """Whatever is put into a layer inside, its modules and parameters are afterwards its own, in their own order."""
+    """Whatever the block puts into a layer, its modules and parameters are afterwards its own, in their own order."""
     before = [(part, dict(part._modules), dict(part._parameters)) for part in layer.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
     try:

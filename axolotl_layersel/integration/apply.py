@@ -1,4 +1,4 @@
-"""Apply a plan to a run: the config keys that axolotl trains by, what the cut costs, and the files that tell of it."""
+"""Apply a plan to a run: the config keys that axolotl trains by, what the cut costs, and the files that describe it."""
 
 from __future__ import annotations
 

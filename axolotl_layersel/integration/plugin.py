@@ -76,11 +76,11 @@ class LayerSelPlugin(BasePlugin):
             cfg["gradient_checkpointing_kwargs"] = {**kwargs, "use_reentrant": zero_stage(cfg) == 3}
 
     def get_input_args(self) -> str | None:
-        """The options' model, named once: the plugin may be listed under several of its names."""
+        """The class of our options, given once: the plugin may be listed under several of its names."""
         return "axolotl_layersel.config.options.LayerSelArgs" if self._acts() else None
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
-        """Let axolotl load the training set, keep a reference for scoring, and hand it on."""
+        """Let axolotl load the training set, keep a reference for scoring, and return it."""
         if preprocess or not names_plugin(cfg) or not self._acts():
             return None
         LayerSelPlugin._run = current = _Run(settings_of(cfg))
@@ -117,7 +117,7 @@ class LayerSelPlugin(BasePlugin):
             )
 
     def post_model_load(self, cfg: Any, model: nn.Module) -> None:
-        """Adapters are in place: where something below the cut is trained after all, give the backward pass back."""
+        """Adapters are in place: if something below the cut is trainable after all, undo the backward cut."""
         current = self._current(cfg)
         if current is None or current.plan is None or current.loaded:
             return

@@ -57,7 +57,7 @@ class PreferenceRows:
 
 
 def _reference_row(record: Mapping[str, Any], *, tokenizer: Any) -> dict[str, list[int]]:
-    """DPO, IPO, KTO: end-of-sequence after plain text, then prompt and prompt + completion through the tokenizer."""
+    """DPO, IPO, KTO: plain text gets an end-of-sequence token; then prompt, and prompt + completion, are tokenised."""
     from trl.data_utils import _tokenize, extract_prompt, is_conversational
 
     record = dict(record) if "prompt" in record else extract_prompt(dict(record))

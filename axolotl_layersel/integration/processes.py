@@ -1,6 +1,6 @@
 """What several training processes must agree on: statistics, errors, and one decision.
 
-Every call here is made by all processes or by none, inside `stopping_together`. A process that fails there hands its
+Every call here is made by all processes or by none, inside `stopping_together`. A process that fails there sends its
 error to the others in place of what they wait for, so that all stop within seconds and none waits for a timeout.
 """
 
@@ -42,10 +42,10 @@ class Processes:
             PeerError: another process failed, here or anywhere else in `stopping_together`; with its error's text.
         """
         mine = work()
-        return [mine] if self.world_size == 1 else [told["result"] for told in self._tell({"result": mine})]
+        return [mine] if self.world_size == 1 else [one["result"] for one in self._exchange({"result": mine})]
 
     def main_only(self, work: Callable[[], T]) -> T:
-        """Do `work` on the main process and hand its result, or its error, to all."""
+        """Do `work` on the main process and send its result, or its error, to all."""
         results = self.together(lambda: work() if self.is_main else None)
         return results[0]  # type: ignore[return-value]
 
@@ -53,17 +53,17 @@ class Processes:
         """A block in which all processes stop when one fails; it ends with `together` or `main_only`."""
         return StoppingTogether(self)
 
-    def _tell(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    def _exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         from accelerate.utils import gather_object
 
         everyone: list[dict[str, Any]] = gather_object([mine])
-        if "error" not in mine and (errors := [told["error"] for told in everyone if "error" in told]):
+        if "error" not in mine and (errors := [one["error"] for one in everyone if "error" in one]):
             raise PeerError("; ".join(errors))
         return everyone
 
 
 class StoppingTogether:
-    """What a process does when it leaves the block with an error: tell those who wait for its result."""
+    """If this process leaves the block with an error, the others get it, so that none waits for a timeout."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
@@ -76,14 +76,14 @@ class StoppingTogether:
     ) -> None:
         # A PeerError is known to all. An interrupt reaches every process from the launcher, at any point.
         if self.processes.world_size > 1 and isinstance(error, Exception) and not isinstance(error, PeerError):
-            self.processes._tell({"error": f"rank {self.processes.rank} failed: {type(error).__name__}: {error}"})
+            self.processes._exchange({"error": f"rank {self.processes.rank} failed: {type(error).__name__}: {error}"})
 
 
 def join_processes(*, cpu: bool) -> Processes:
     """The processes of this run; the group is initialised if a launcher started more than one.
 
     Args:
-        cpu: the run is on the CPU, where accelerate must be told so before it picks a backend.
+        cpu: the run is on the CPU, which accelerate must know before it picks a backend.
 
     Raises:
         RuntimeError: the launcher started several processes, and accelerate has not joined them.

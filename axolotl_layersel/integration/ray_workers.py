@@ -1,4 +1,4 @@
-"""What the driver of a Ray run hands to its workers besides axolotl's validated config.
+"""What the driver of a Ray run gives to its workers besides axolotl's validated config.
 
 With `use_ray` the plugin is registered twice: in the driver with the config as the user wrote it, and in every worker
 with what validation made of it, in another folder and perhaps on another machine. Called by `plugin.py`.

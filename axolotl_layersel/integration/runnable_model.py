@@ -1,4 +1,4 @@
-"""Let the bare model run where axolotl left it: on the right device, and although it is prepared for adapters."""
+"""Make the base model runnable before it has adapters: on the right device, although it is prepared for them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def place(model: nn.Module) -> None:
 
 @contextmanager
 def ready_to_run(model: nn.Module, stack: DecoderStack) -> Iterator[None]:
-    """Let the bare model run although axolotl has prepared it for adapters; undone on leaving.
+    """Let the base model run although axolotl has prepared it for adapters; undone on leaving.
 
     For LoRA kernels axolotl rewrites the attention class to call `apply_qkv` and `apply_o`, which instances get only
     after adapters are loaded. A tiled MLP caches its trainable parameters in its first forward pass, before there are
@@ -57,6 +57,6 @@ def ready_to_run(model: nn.Module, stack: DecoderStack) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module, stack: DecoderStack, *, autocast: torch.dtype | None) -> Iterator[None]:
-    """Run the bare model as the trainer would run it, without dropout and gradients; all is undone on leaving."""
+    """Run the base model as the trainer would run it, without dropout and gradients; all is undone on leaving."""
     with ready_to_run(model, stack), left_as_found(model, autocast=autocast):
         yield

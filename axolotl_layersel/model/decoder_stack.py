@@ -77,7 +77,7 @@ def find_stack(model: nn.Module) -> DecoderStack:
     embeddings = _ask(model, "get_input_embeddings")
     head = _ask(model, "get_output_embeddings")
     if embeddings is None or id(embeddings) not in names:
-        raise StackError(f"{type(model).__name__} names no input embeddings; layer selection needs a decoder model")
+        raise StackError(f"{type(model).__name__} has no input embeddings; layer selection needs a decoder model")
     if head is None or id(head) not in names:
         raise StackError(
             f"{type(model).__name__} has no unembedding (LM head), so labels have no semantic basis; "
@@ -85,13 +85,9 @@ def find_stack(model: nn.Module) -> DecoderStack:
         )
     embeddings_name, head_name = names[id(embeddings)], names[id(head)]
     backbone_name, backbone = _backbone(model, embeddings_name)
-    lists = list(_layer_lists(backbone))
-    if not lists:
-        raise StackError(
-            f"no list of decoder layers beside {embeddings_name!r} in {type(model).__name__}; "
-            f"module lists in the model: {_all_lists(model)}"
-        )
-    list_name, layers = max(lists, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+    list_name, layers = max(
+        _layer_lists(backbone), key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters()))
+    )
     norm_name, norm = _final_norm(backbone, list_name)
     prefix = f"{backbone_name}." if backbone_name else ""
     return DecoderStack(
@@ -125,7 +121,7 @@ def _backbone(model: nn.Module, embeddings_name: str) -> tuple[str, nn.Module]:
     while name:
         name = name.rpartition(".")[0]
         module = model.get_submodule(name)
-        if next(_layer_lists(module), None) is not None:
+        if any(_layer_lists(module)):
             return name, module
     raise StackError(
         f"no module around {embeddings_name!r} owns a list of layers; module lists in the model: {_all_lists(model)}"

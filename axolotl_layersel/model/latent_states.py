@@ -1,4 +1,4 @@
-"""Run a model over a batch and hand out its latent states, one at a time; leave the model as it was found.
+"""Run a model over a batch and read its latent states, one at a time; leave the model as it was found.
 
 State 0 is what the first decoder layer is given, state i + 1 what layer i returns. States are read with hooks, because
 the last entry of transformers' `hidden_states` is already normed while the others are not. Nothing is kept: a state

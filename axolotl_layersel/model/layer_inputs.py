@@ -1,4 +1,4 @@
-"""What a model hands to its decoder layers: recorded in a forward pass that ends there, to run single layers with."""
+"""What a model gives to its decoder layers: recorded in a forward pass that ends there, to run single layers with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _AllSeen(Exception):
 def record_inputs(
     stack: DecoderStack, indices: Collection[int], *, input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> dict[int, LayerInput]:
-    """What the model hands to layers `indices` for a batch; nothing is run from the last of them on.
+    """What the model gives to layers `indices` for a batch; nothing is run from the last of them on.
 
     Raises:
         StackError: a layer did not run.

@@ -17,7 +17,7 @@ def replaced_forward(modules: Iterable[nn.Module], replacement: Callable[[Forwar
 
     Args:
         modules: each once.
-        replacement: from a module's `forward` to what stands in for it.
+        replacement: makes the other `forward` from the module's own.
     """
     owns: list[tuple[nn.Module, Forward | None]] = []
     try:

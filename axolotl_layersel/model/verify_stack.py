@@ -103,7 +103,7 @@ def _check_monotone(ours_NV: Tensor, theirs_NV: Tensor, model_name: str, stack: 
     drop = (sorted_theirs[:, :-1] - sorted_theirs[:, 1:]).clamp(min=0).amax(dim=-1)
     spread = (sorted_theirs.amax(dim=-1) - sorted_theirs.amin(dim=-1)).clamp(min=torch.finfo(torch.float32).tiny)
     # One part in 64 of the spread is the rounding of bfloat16 logits, taken twice.
-    worst = float((drop / spread).max()) if drop.numel() else 0.0
+    worst = float((drop / spread).max())
     if worst > 1 / 64:
         raise StackError(
             f"{model_name}: norm and unembedding do not reproduce the model's logits (order broken by {worst:.3f} of "

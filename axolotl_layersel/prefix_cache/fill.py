@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.latent_states import left_as_found
-from axolotl_layersel.model.memory import halving_batches
+from axolotl_layersel.model.memory import TooLargeError, halving_batches
 from axolotl_layersel.prefix_cache.bypass import TokenInputs, compute_states
 from axolotl_layersel.prefix_cache.samples import Integers, Key, find_segments, sample_key, token_inputs
-from axolotl_layersel.prefix_cache.state_store import StateStore
+from axolotl_layersel.prefix_cache.state_store import PrefixCacheError, StateStore
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -131,6 +131,9 @@ def fill_store(
         autocast: of the trainer.
         share: this process and the number of processes.
         show_progress: with a bar.
+
+    Raises:
+        PrefixCacheError: memory does not suffice for one sample alone.
     """
     rank, world = share
     batches = batches_of(samples, batch_tokens=batch_tokens)[::-1][rank::world]  # the longest first: the most memory
@@ -146,12 +149,18 @@ def fill_store(
         left_as_found(model, autocast=autocast),
     ):
         done = 0
-        for batch, states_BTD in halving_batches(batches, computed, halves=_halves):
-            for row, sample in enumerate(batch):
-                store.add(sample.key, states_BTD[row, : len(sample.ids)])
-            done += len(batch)
-            bar.set_postfix_str(f"{done} of {rows} rows", refresh=False)
-            bar.update(sum(len(s.ids) for s in batch))
+        try:
+            for batch, states_BTD in halving_batches(batches, computed, halves=_halves):
+                for row, sample in enumerate(batch):
+                    store.add(sample.key, states_BTD[row, : len(sample.ids)])
+                done += len(batch)
+                bar.set_postfix_str(f"{done} of {rows} rows", refresh=False)
+                bar.update(sum(len(s.ids) for s in batch))
+        except TooLargeError as error:
+            (sample,) = error.batch
+            raise PrefixCacheError(
+                f"{sample.where} with {len(sample.ids)} tokens is too much for the memory of {device} ({error})"
+            ) from error
         store.flush()
     return Filled(rows=rows, tokens=tokens, seconds=time.perf_counter() - started)
 

@@ -148,7 +148,7 @@ def _without_plugin(result: dict[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def _is_shared(key: str) -> bool:
-    """Whether a key is safe to share: it holds no path of one machine and no secret."""
+    """Whether a key is safe to share: no path of one machine, no secret."""
     return key not in _NOT_SHARED and not key.endswith(("_api_key", "_secret", "_password"))
 
 

@@ -5,9 +5,9 @@ PEFT's `layers_to_transform` covers target lists. Everything that it does not co
 - a regex, "all-linear" and full module paths: the modules that they match in layers k..L-1;
 - `lora_target_parameters` (fused experts): the parameters of layers k..L-1;
 - MoE projections that PEFT turns into parameters of every layer by itself (`w1`, `gate_proj`): the same parameters;
-- modules outside of the decoder layers that the user names (`lm_head`, `embed_tokens`): their full paths.
+- modules outside of the decoder layers that the user lists (`lm_head`, `embed_tokens`): their full paths.
 
-`unfrozen_parameters` then names the adapter parameters of those layers; its dialect is explained in
+`unfrozen_parameters` then lists the adapter parameters of those layers; its dialect is explained in
 `trainable_parameters.py`.
 """
 

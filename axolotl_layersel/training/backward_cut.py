@@ -242,3 +242,5 @@ def _strip_hooks(model: nn.Module, unwanted: Callable[[Any], bool]) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if unwanted(hook)]:
                 del hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)

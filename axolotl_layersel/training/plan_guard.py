@@ -82,7 +82,7 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
 
 
 class NoPlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any to mypy here
-    """Stands where no layers were selected: `axolotl evaluate` makes a trainer too, and trains nothing."""
+    """The callback where no layers were selected: `axolotl evaluate` makes a trainer too, and trains nothing."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop.

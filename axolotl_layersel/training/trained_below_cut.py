@@ -8,7 +8,7 @@ from axolotl_layersel.model.decoder_stack import DecoderStack, unwrap
 from axolotl_layersel.model.parameter_names import normalise, shorten, within
 from axolotl_layersel.training.backward_cut import BackwardCutError
 
-_REPLACED_PARTS = (".base_layer", ".original_module")  # where PEFT keeps the module that it stands in for
+_REPLACED_PARTS = (".base_layer", ".original_module")  # where PEFT keeps the module that it replaces
 
 
 def obstacles(model: nn.Module, *, stack: DecoderStack, first_trainable: int) -> list[str]:

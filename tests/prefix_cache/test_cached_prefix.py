@@ -321,6 +321,28 @@ def test_what_was_filled_before_a_kill_is_kept(tmp_path: Path) -> None:
     assert filled.rows == 3 and all(sample.key in again for sample in samples)
 
 
+@pytest.mark.parametrize("most", [1, 0])
+def test_memory_that_runs_out_while_filling_halves_batches_until_one_sample_is_too_much(most: int) -> None:
+    """The error is raised by a hook where a batch of more rows enters, as an allocator would."""
+    model, data = lora(tiny_llama()), rows((5, 5, 5, 5))
+
+    def allocate(_module: nn.Module, args: tuple[Tensor]) -> None:
+        if len(args[0]) > most:
+            raise torch.OutOfMemoryError("no memory")
+
+    hook = find_stack(model).layers[0].register_forward_pre_hook(allocate)
+    try:
+        if most:
+            assert all(sample.key in cache(model, data).store for sample in samples_of(data))
+        else:
+            with pytest.raises(
+                PrefixCacheError, match="row . of the training set with 5 tokens is too much .*no memory"
+            ):
+                cache(model, data)
+    finally:
+        hook.remove()
+
+
 def test_processes_share_the_filling() -> None:
     model, samples = lora(tiny_llama()), samples_of(rows())
     stores = [MemoryStore(width=32, dtype=torch.float32) for _ in range(2)]
