@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 VOCABULARY = 320  # the 256 bytes, three special tokens, and a few merges
 SEQUENCE_LEN = 160
+LIMIT = 600  # seconds until a run counts as hanging: half a minute is usual, ten times that on a machine with much else
 # Options of the run that the fixture `uninterrupted` keeps: 13 calibration rows, a checkpoint every two of eight steps.
 UNINTERRUPTED = {
     "plugins": ["axolotl_test_plugins.FixedSeed", "layersel"],
@@ -264,7 +265,7 @@ class Running:
         """The log so far."""
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
-    def wait_for(self, text: str, *, timeout: float = 180) -> None:
+    def wait_for(self, text: str, *, timeout: float = LIMIT) -> None:
         """Return as soon as the log holds `text`.
 
         Raises:
@@ -283,7 +284,7 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
-    def finish(self, *, timeout: float = 180) -> Finished:
+    def finish(self, *, timeout: float = LIMIT) -> Finished:
         """Wait for the end.
 
         Raises:
@@ -305,7 +306,7 @@ def train(
     *args: str,
     launcher: Launcher = "accelerate",
     processes: int = 1,
-    timeout: float = 180,
+    timeout: float = LIMIT,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Finished:
@@ -315,7 +316,7 @@ def train(
     return start(command, config.parent / f"{config.stem}.log", env=env, cwd=cwd).finish(timeout=timeout)
 
 
-def axolotl(*args: str, log: Path, timeout: float = 180, env: Mapping[str, str] | None = None) -> Finished:
+def axolotl(*args: str, log: Path, timeout: float = LIMIT, env: Mapping[str, str] | None = None) -> Finished:
     """`python -m axolotl.cli.<args>`, for the other commands: `axolotl("preprocess", "config.yml", log=...)`."""
     command = [sys.executable, "-m", f"axolotl.cli.{args[0]}", *args[1:]]
     return start(command, log, env=env).finish(timeout=timeout)
