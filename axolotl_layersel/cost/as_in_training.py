@@ -1,8 +1,8 @@
 """Put one decoder layer in the state in which a run would train it, and take it back.
 
-Adapters do not exist yet when a cut is chosen. PEFT puts the run's own on the layer for the occasion. Modules with
-packed weights (4 bit, 8 bit, GPTQ) compute in kernels that a FLOP counter cannot see: a plain product of the same shape
-stands in for them. Nothing is copied but adapters, and no gradient is kept.
+Adapters do not exist yet when a cut is chosen. PEFT puts the run's own on the layer for as long as it is measured.
+Modules with packed weights (4 bit, 8 bit, GPTQ) compute in kernels that a FLOP counter cannot see: a plain product of
+the same shape replaces them. Nothing is copied but adapters, and no gradient is kept.
 """
 
 from __future__ import annotations

@@ -21,9 +21,7 @@ class StepCount:
     """One forward and backward pass."""
 
     forward_flops: int
-    recomputed_flops: (
-        int  # of the forward pass, until the last tensor is saved: there non-reentrant checkpointing stops
-    )
+    recomputed_flops: int  # forward, until the last tensor is saved: there non-reentrant checkpointing stops
     backward_flops: int
     saved_bytes: int  # saved for backward, without parameters and what is shared
     shared_bytes: int  # saved of what the pass was given, such as rotary embeddings

@@ -33,7 +33,7 @@ from axolotl_layersel.model.latent_states import left_as_found
 from axolotl_layersel.model.layer_inputs import LayerInput, record_inputs
 
 Case = Literal["trained", "first", "passed"]
-CASES: tuple[Case, ...] = ("passed", "first", "trained")  # adapters come with the second
+CASES: tuple[Case, ...] = ("passed", "first", "trained")  # in this order: adapters are added before the second
 _UNIT = 64  # the chunk of linear attention; one, two and three times a multiple of it fix a quadratic
 
 

@@ -1,4 +1,4 @@
-"""Which axolotl this is, and every name of it that is private, or public with a promise that axolotl does not make.
+"""Which axolotl this is, and every name of it that we use although it is private, or not promised to stay.
 
 Each name says with which versions it was read and run. What the other modules import from axolotl is public: hooks,
 loaders, `load_cfg`, the data sets of a config. axolotl's modules are imported in the functions, because the version is

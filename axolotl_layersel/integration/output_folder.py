@@ -1,7 +1,7 @@
 """One run to an output folder: two at once would mix their checkpoints, and a plan with layers that it did not choose.
 
-The claim is a lock on a file beside the plan. The system gives it up when the process ends, however it ends, and an
-empty file that a killed process leaves means nothing. Called by `plugin.py` on the main process.
+The claim is a lock on a file beside the plan. The system releases it when the process ends, however it ends, and an
+empty file that a killed process leaves behind means nothing. Called by `plugin.py` on the main process.
 """
 
 from __future__ import annotations

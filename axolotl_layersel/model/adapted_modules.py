@@ -1,8 +1,8 @@
 """Which modules and parameters of a model get a LoRA adapter, by PEFT's own rules.
 
 A config names its targets by ends of names, by a regex, as "all-linear", or by names from before transformers stacked
-the experts of a layer in one tensor. PEFT resolves all of them when it wraps a model; here the same answer is asked
-for before it does.
+the experts of a layer in one tensor. PEFT resolves all of them when it wraps a model; here its own functions give the
+same answer before that.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 What a step would take with every layer trained is not measured: that run never happens.
 
 The trainer's `compute_loss` and `accelerator.backward` are timed from outside, so that no hook enters the model: after
-`WARM_UP` steps, for `MEASURED` steps, then both are given back. On a GPU each measured pass ends with a
+`WARM_UP` steps, for `MEASURED` steps, then the originals are put back. On a GPU each measured pass ends with a
 synchronisation, which is why it is only a few steps.
 """
 

@@ -123,8 +123,8 @@ def stop_backward(
         layers: its decoder layers 0..L-1, input side first.
         first_trainable: k; layers below it are frozen. 0 changes nothing.
         reentrant: keep reentrant checkpointing, with a boundary hook on layer k-1; otherwise checkpointing is made
-            non-reentrant, whatever a caller asks for. Not for models that torch.compile gets: compiled code may reuse
-            one layer's code, without the hook, for another, and what a caller asks for makes no difference there.
+            non-reentrant, whatever a caller asks for. Not for models that are compiled: torch.compile may use one
+            layer's code, without the hook, for another layer.
 
     Raises:
         BackwardCutError: nothing in `model` has `enable_input_require_grads`.

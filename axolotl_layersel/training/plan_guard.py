@@ -46,7 +46,7 @@ class PlanGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any t
             train_norm_and_head=self.train_norm_and_head,
         )
         k = self.plan.first_trainable if self.stop_backward else 0
-        stop_backward(model, layers=stack.layers, first_trainable=k, reentrant=self.reentrant)  # late wrappers too
+        stop_backward(model, layers=stack.layers, first_trainable=k, reentrant=self.reentrant)  # late wrappers, too
         self.first_step = FirstStepCheck(model, layers=stack.layers, first_trainable=k, expected_trainable=expected)
         LOG.info("layersel: %d trainable parameters match the plan, name by name", len(expected))
 
