@@ -4,17 +4,20 @@ For LoRA with and without gradient checkpointing, on the shapes of `step.py`, ea
 epochs over the same pre-tokenised rows:
 
 - `all`: every layer is trained, by stock axolotl; all ratios are to this arm.
+- `suffix`: a random model that has layers k..L-1 alone, by stock axolotl; `stock`: adapters on layers k..L-1 of all.
 - `cut`: layers k..L-1, the backward pass stops at the cut, no cache.
 - `filling`: the same with an empty cache on the disk, `filled`: once more, on the cache that the run before left.
 
 Time is the process's CPU time from the callback that opens training, before anything is filled, to the one that closes
 it; starting Python and loading the model are left out, as they are the same for all. Runs go round `--rounds` times,
-and a ratio is the median over rounds of (arm / `all` of the same round). `later` is the median epoch after the first,
-to that of `all`; `suffix` is `later` to the work of the layers above the cut alone, taken from a run of a model that
-has no other layers.
+and a ratio is the median over rounds of (arm / `all` of the same round). `later epochs` are the median epoch after the
+first, to that of `all`; `of suffix` compares them with those of `suffix`. `reading` and `keys` are the shares of them
+that assembling states and finding samples take. Each run is a process of its own, forked from one that has imported
+axolotl.
 
     python benchmarks/whole_run.py
     python benchmarks/whole_run.py --cuts 0.5 --epochs 3 --rounds 3 --json whole_run.json
+    python benchmarks/whole_run.py --model /path/to/a/model --cuts 0.5,0.8333 --arms stock,cut,filling,filled
 """
 
 from __future__ import annotations
@@ -22,26 +25,40 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
+import pydoc_data.topics
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.cli.train import do_train
 from axolotl.integrations.base import BasePlugin
 from step_arm import PRESETS, read_config
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 
 HERE = Path(__file__).parent
 CLOCK_FILE = "clock.json"
+ENVIRONMENT = {
+    **{"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"},
+    **{"HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""},
+    "AXOLOTL_DATASET_NUM_PROC": "0",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])),
+}
+ARMS = ("suffix", "stock", "cut", "filling", "filled")
+OURS = ("cut", "filling", "filled")
 
 
 class Clock(BasePlugin):
@@ -55,24 +72,42 @@ class Clock(BasePlugin):
 class _Clock(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.times: dict[str, Any] = {"epochs": []}
+        self.epochs: list[float] = []
+        self.spent = {"reading": 0.0, "keys": 0.0}
+        self.at_epochs: list[dict[str, float]] = []
+        self.open = self.wall = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.times["open"], self.times["wall"] = time.process_time(), time.time()
+        from axolotl_layersel.prefix_cache import cached_prefix
+
+        cached_prefix.assemble = self._timed("reading", cached_prefix.assemble)
+        cached_prefix.find_segments = self._timed("keys", cached_prefix.find_segments)
+        self.open, self.wall = time.process_time(), time.time()
+
+    def _timed(self, name: str, work: Callable[..., Any]) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.process_time()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self.spent[name] += time.process_time() - started
+
+        return timed
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.times["epochs"].append(time.process_time())
+        self.epochs.append(time.process_time())
+        self.at_epochs.append(dict(self.spent))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         end = time.process_time()
-        marks = [*self.times["epochs"], end]
-        self.times = {
-            "training": end - self.times["open"],
-            "before_first_epoch": marks[0] - self.times["open"],
-            "epochs": [b - a for a, b in itertools.pairwise(marks)],
-            "seconds": time.time() - self.times["wall"],
+        times = {
+            "training": end - self.open,
+            "before_first_epoch": self.epochs[0] - self.open,
+            "epochs": [b - a for a, b in itertools.pairwise([*self.epochs, end])],
+            "seconds": time.time() - self.wall,
+            **{name: self.spent[name] - self.at_epochs[1][name] for name in self.spent},  # in later epochs
         }
-        self.path.write_text(json.dumps(self.times), encoding="utf-8")
+        self.path.write_text(json.dumps(times), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -88,11 +123,15 @@ class Row:
     later_epochs: float
     of_suffix: float | None  # later epochs, to the same layers as a model of their own
     filling_seconds: float
+    reading: float | None  # share of later epochs
+    keys: float | None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and write it where asked to."""
     options = parse(argv)
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})  # threads count at start
     folder = Path(tempfile.mkdtemp(prefix="layersel-run-"))
     try:
         rows = measure(folder, options)
@@ -109,7 +148,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", default="small", help=f"{', '.join(PRESETS)}, or the path of a config.json")
+    parser.add_argument("--model", default="small", help=f"{', '.join(PRESETS)}, a config.json, or a model's folder")
+    parser.add_argument("--arms", default="suffix,cut,filling,filled", help=f"any of {', '.join(ARMS)}; all stays")
     parser.add_argument("--cuts", default="0.5,0.75", help="frozen shares of the decoder layers")
     parser.add_argument("--checkpointing", default="off,on", help="off,on")
     parser.add_argument("--epochs", type=int, default=3)
@@ -120,6 +160,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.epochs < 2:
         parser.error(f"--epochs is {options.epochs}; allowed is 2 or more, because a first epoch cannot save anything")
+    if unknown := set(options.arms.split(",")) - set(ARMS):
+        parser.error(f"--arms has {', '.join(sorted(unknown))}; allowed are {', '.join(ARMS)}")
+    if is_real(options.model) and "suffix" in options.arms.split(","):
+        parser.error("the arm suffix needs a random model; with a real one give --arms stock,cut,filling,filled")
     return options
 
 
@@ -130,7 +174,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[Row]:
     write_inputs(folder, options, layers=[layers, *(layers - cut for cut in cuts)])
     rows: list[Row] = []
     for checkpointing in (word == "on" for word in options.checkpointing.split(",")):
-        arms = [("all", 0), *((arm, cut) for cut in cuts for arm in ("suffix", "cut", "filling", "filled"))]
+        arms = [("all", 0), *((arm, cut) for cut in cuts for arm in options.arms.split(","))]
         clocks: dict[tuple[str, int], list[dict[str, Any]]] = {arm: [] for arm in arms}
         for _ in range(options.rounds):
             shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -149,6 +193,10 @@ def _row(clocks: Any, name: str, cut: int, layers: int, checkpointing: bool) -> 
 
     ratios = [one["training"] / other["training"] for one, other in zip(own, base, strict=True)]
     alone = clocks.get(("suffix", cut))
+
+    def share(part: str) -> float | None:
+        return statistics.median(o[part] / sum(o["epochs"][1:]) for o in own) if name in OURS[1:] else None
+
     return Row(
         checkpointing=checkpointing,
         arm=name,
@@ -159,40 +207,60 @@ def _row(clocks: Any, name: str, cut: int, layers: int, checkpointing: bool) -> 
         later_epochs=statistics.median(later(a) / later(b) for a, b in zip(own, base, strict=True)),
         of_suffix=statistics.median(later(a) / later(b) for a, b in zip(own, alone, strict=True)) if alone else None,
         filling_seconds=statistics.median(taken["before_first_epoch"] for taken in own),
+        reading=share("reading"),
+        keys=share("keys"),
     )
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
-    lines = ["| checkpointing | arm | trained | CPU s | whole run | spread | later epochs | of suffix | filling, s |"]
-    lines.append("|---" * 9 + "|")
+    head = "checkpointing | arm | trained | CPU s | whole run | spread | later epochs | of suffix | filling, s"
+    lines = [f"| {head} | reading | keys |", "|---" * 11 + "|"]
     for row in rows:
-        suffix = "" if row.of_suffix is None else f"{row.of_suffix:.3f}"
+        suffix, reading, keys = (
+            "" if value is None else f"{value:.{digits}f}"
+            for value, digits in ((row.of_suffix, 3), (row.reading, 4), (row.keys, 4))
+        )
         lines.append(
             f"| {'on' if row.checkpointing else 'off'} | {row.arm} | {row.trained} | {row.cpu_seconds:.1f} | "
-            f"{row.whole_run:.3f} | {row.spread:.3f} | {row.later_epochs:.3f} | {suffix} | {row.filling_seconds:.2f} |"
+            f"{row.whole_run:.3f} | {row.spread:.3f} | {row.later_epochs:.3f} | {suffix} | {row.filling_seconds:.2f} | "
+            f"{reading} | {keys} |"
         )
     return "\n".join(lines)
 
 
-def write_inputs(folder: Path, options: argparse.Namespace, *, layers: Sequence[int]) -> None:
-    """Random models of so many layers, a tokenizer that axolotl can load, and rows of random tokens."""
-    from tokenizers import Tokenizer, models
+def is_real(model: str) -> bool:
+    """Whether it is the folder of a model with weights."""
+    return any(Path(model).glob("*.safetensors"))
 
-    config = read_config(options.model)
-    vocabulary = {f"<{i}>": i for i in range(config.vocab_size)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")),
-        **{"bos_token": "<1>", "eos_token": "<2>", "pad_token": "<0>", "unk_token": "<0>"},
-    )
-    for count in set(layers):
-        config.num_hidden_layers, config.pad_token_id = count, 0
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / f"model{count}")
-        tokenizer.save_pretrained(folder / f"model{count}")
-    draw = np.random.default_rng(0)
+
+def write_inputs(folder: Path, options: argparse.Namespace, *, layers: Sequence[int]) -> None:
+    """Random models of so many layers, a tokenizer that axolotl can load, and rows of random tokens.
+
+    A real model is taken as it is, and its rows are of the help texts that come with Python.
+    """
+    if is_real(options.model):
+        (folder / f"model{layers[0]}").symlink_to(Path(options.model).resolve())
+        text = "\n\n".join(pydoc_data.topics.topics.values())[: options.examples * options.sequence * 10]
+        tokens = AutoTokenizer.from_pretrained(options.model)(text)["input_ids"]
+        rows = [tokens[i * options.sequence : (i + 1) * options.sequence] for i in range(options.examples)]
+        if len(rows[-1]) < options.sequence:
+            raise SystemExit(f"{len(tokens)} tokens are too few for --examples {options.examples}")
+    else:
+        config = read_config(options.model)
+        vocabulary = {f"<{i}>": i for i in range(config.vocab_size)}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")),
+            **{"bos_token": "<1>", "eos_token": "<2>", "pad_token": "<0>", "unk_token": "<0>"},
+        )
+        for count in set(layers):
+            config.num_hidden_layers, config.pad_token_id = count, 0
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder / f"model{count}")
+            tokenizer.save_pretrained(folder / f"model{count}")
+        draw = np.random.default_rng(0)
+        rows = [draw.integers(3, config.vocab_size, options.sequence).tolist() for _ in range(options.examples)]
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(options.examples):
-            ids = draw.integers(3, config.vocab_size, options.sequence).tolist()
+        for ids in rows:
             file.write(json.dumps({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}) + "\n")
 
 
@@ -200,12 +268,11 @@ def run(
     folder: Path, options: argparse.Namespace, arm: str, cut: int, *, layers: int, checkpointing: bool
 ) -> dict[str, Any]:
     """Train once; CPU seconds."""
-    ours = arm in ("cut", "filling", "filled")
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     config: dict[str, Any] = {
         "base_model": str(folder / f"model{layers - cut if arm == 'suffix' else layers}"),
-        "plugins": ["whole_run.Clock", *(["layersel"] if ours else [])],
+        "plugins": ["whole_run.Clock", *(["layersel"] if arm in OURS else [])],
         "datasets": [{"path": str(folder / "rows.jsonl"), "ds_type": "json", "type": None}],
         **{"dataset_prepared_path": str(folder / "prepared"), "output_dir": str(out), "dataset_num_proc": 1},
         **{"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True},
@@ -217,26 +284,32 @@ def run(
     }
     if checkpointing:
         config["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    if ours:
+    if arm in OURS:
         cache = "off" if arm == "cut" else "disk"
         config["layersel"] = {"first_layer": cut, "report": False, "prefix_cache": cache}
         config["layersel"]["prefix_cache_dir"] = str(folder / "cache")
-    path = folder / "config.yml"
+    if arm == "stock":
+        config["peft_layers_to_transform"] = list(range(cut, layers))
+    path, log = folder / "config.yml", folder / "log.txt"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        **{"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"},
-        **{"HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""},
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    log = folder / "log.txt"
-    with log.open("w") as file:
-        command = [sys.executable, "-m", "axolotl.cli.train", str(path)]
-        finished = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
-    if finished.returncode or not (out / CLOCK_FILE).exists():
-        raise SystemExit(f"{arm}, cut {cut}, exit status {finished.returncode}:\n{log.read_text()[-4000:]}")
+    child = multiprocessing.get_context("fork").Process(target=_train, args=(path, log))
+    child.start()
+    child.join()
+    if child.exitcode or not (out / CLOCK_FILE).exists():
+        raise SystemExit(f"{arm}, cut {cut}, exit status {child.exitcode}:\n{log.read_text()[-4000:]}")
     return dict(json.loads((out / CLOCK_FILE).read_text(encoding="utf-8")))
+
+
+def _train(config: Path, log: Path) -> None:
+    """What `axolotl train` does, in a child."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        do_train(load_cfg(str(config)), TrainerCliArgs())
+    except BaseException:
+        traceback.print_exc()
+        raise
 
 
 if __name__ == "__main__":
