@@ -71,6 +71,7 @@ class CostOfCuts:
     saved_activation_bytes: list[float]
     trainable_parameters: list[float]
     frozen_forward: list[float] | None = None  # FLOPs that a prefix cache saves in later epochs; None in older files
+    whole_run: list[float] | None = None  # FLOPs of all epochs with a prefix cache, filling included; None without one
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,41 @@ class StepAmounts:
     all_layers_backward_flops: float  # when every layer is trained
     saved_activation_bytes: float
     trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class CacheCosts:
+    """What a prefix cache costs and saves; ratios of FLOPs to training every layer, as if the cache were empty now."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    asked: Literal["auto", "ram", "disk"]
+    epochs: float  # how often training reads each sample
+    first_epoch: float  # filling included
+    later_epochs: float
+    whole_run: float  # filling included; compare with `Prediction.step`, which is that without a cache
+    bytes_per_token: int
+    tokens: int | None  # of all samples; None where rows become tokens after the plan is made
+    offloaded_bytes: int  # weights that leave the device's memory
+
+    @property
+    def state_bytes(self) -> int | None:
+        """In RAM or on the disk."""
+        return None if self.tokens is None else self.tokens * self.bytes_per_token
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """The most that a training step holds on its device, in bytes; with the plan's cut."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    weights: int  # of the model and its adapters, less `offloaded`
+    offloaded: int  # frozen weights that a prefix cache lets leave the device
+    gradients: int
+    optimizer: int  # its state
+    activations: int  # saved for backward
+    passing: int  # beyond these: logits while the loss is computed, or what one recomputed layer saves
+    total: int
+    all_layers: int  # the same when every layer is trained, without a cache
 
 
 @dataclass(frozen=True)
@@ -103,6 +139,8 @@ class Prediction:
     why: str | None  # why nothing below the cut is saved, or None
     per_cut: CostOfCuts
     absolute: StepAmounts
+    cache: CacheCosts | None = None  # None: the run uses none, or an older file
+    memory: PeakMemory | None = None  # None: not predicted in this mode, or an older file
 
 
 @dataclass(frozen=True)

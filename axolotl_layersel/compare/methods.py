@@ -45,6 +45,7 @@ class Choice:
     weight: list[float] | None = None  # L, sum 1
     seconds: float | None = None  # to find the weights
     step: float | None = None  # predicted cost of a training step, as a ratio to training every layer
+    run: float | None = None  # the same for the whole run with its prefix cache; None where it has none
     overlap: float | None = None  # layers trained by both over layers trained by either, with the run's own choice
     rank_correlation: float | None = None  # Spearman's, of the weights with the run's own
     skipped: str | None = None  # why this method chose nothing
@@ -81,6 +82,7 @@ def compare_methods(
     batch_tokens: int = 4096,
     autocast: torch.dtype | None = None,
     step_of_cut: Sequence[float] | None = None,
+    run_of_cut: Sequence[float] | None = None,
 ) -> list[Choice]:
     """The choices of all methods, the run's own first, each as far as the forward pass alone knows: no pilot is run.
 
@@ -90,6 +92,7 @@ def compare_methods(
         deviation: of the run.
         seed: of the random weights.
         step_of_cut: predicted step ratio of every cut 0..L-1, where known.
+        run_of_cut: the same for the whole run with a prefix cache.
 
     Raises:
         StackError, ScoringError, ValueError: the run's own method cannot score this model.
@@ -121,6 +124,7 @@ def compare_methods(
             choice,
             first_trainable=cut,
             step=None if step_of_cut is None else step_of_cut[cut],
+            run=None if run_of_cut is None else run_of_cut[cut],
             overlap=min(kept, own_kept) / max(kept, own_kept),
             rank_correlation=correlation,
         )
@@ -203,9 +207,10 @@ def spearman(one_L: Array, other_L: Array) -> float | None:
 
 def table(choices: Sequence[Choice], *, num_layers: int) -> Table:
     """The comparison as a rich table, readable at 80 columns; what was skipped has its reason below."""
+    costs = ("step", "run") if any(choice.run is not None for choice in choices) else ("step",)
     rich_table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     rich_table.add_column("method", no_wrap=True)
-    for name in ("cut", "trained", "step", "overlap", "rank corr.", "seconds"):
+    for name in ("cut", "trained", *costs, "overlap", "rank corr.", "seconds"):
         rich_table.add_column(name, justify="right", no_wrap=True)
     for place, choice in enumerate(choices):
         cut = choice.first_trainable
@@ -213,7 +218,7 @@ def table(choices: Sequence[Choice], *, num_layers: int) -> Table:
             choice.method,
             "skipped" if cut is None else str(cut),
             "" if cut is None else f"{num_layers - cut}/{num_layers}",
-            *(_two_digits(v) for v in (choice.step, choice.overlap, choice.rank_correlation, choice.seconds)),
+            *(_two_digits(getattr(choice, name)) for name in (*costs, "overlap", "rank_correlation", "seconds")),
             style="bold" if place == 0 else "",
         )
     return rich_table

@@ -51,6 +51,7 @@ class StepCost:
     backward_flops: float  # recomputation included
     head_flops: float  # of both, what the unembedding takes
     saved_activation_bytes: float  # from forward for backward, parameters excluded
+    recomputed_bytes: float  # saved anew, by one layer at a time, where checkpointing recomputes it
     trainable_parameters: int
 
     @property
@@ -72,6 +73,8 @@ class CutCost:
     head_share: float  # share of this cut's step that the unembedding takes, whatever the cut
     floor: float  # step ratio that no cut can go below: everything forward, and back to the last layer's output
     frozen_forward: float  # share of a step with all layers that layers 0..k-1 take forward; a prefix cache saves it
+    state_bytes: int  # of the hidden state that layer k is given, for each position; a prefix cache keeps it
+    state_width: int  # its numbers
     cut: StepCost  # in FLOPs, bytes and numbers
     all_layers: StepCost  # what the ratios are to
 
@@ -118,6 +121,8 @@ def price_cuts(measured: StackCost, *, mode: Mode, shape: StepShape) -> list[Cut
                 head_share=cut.head_flops / cut.flops,
                 floor=(all_frozen.frozen_flops + all_frozen.head_flops) / base.flops,
                 frozen_forward=cut.frozen_flops / base.flops,
+                state_bytes=round(measured.layers[k].input_bytes),
+                state_width=measured.layers[k].input_width,
                 cut=cut,
                 all_layers=base,
             )
@@ -131,7 +136,7 @@ def step_cost(measured: StackCost, *, mode: Mode, shape: StepShape, first_traina
     size = {"batch": shape.batch, "positions": shape.positions}
     forward, backward = measured.head.forward_flops.at(**size), measured.head.backward_flops.at(**size)
     head, frozen = forward + backward, 0.0
-    saved, shared = measured.head.saved_bytes.at(**size), 0.0
+    saved, shared, recomputed = measured.head.saved_bytes.at(**size), 0.0, 0.0
     parameters = measured.head_parameters
     for index, layer in enumerate(measured.layers):
         trained = index >= first_trainable
@@ -148,6 +153,7 @@ def step_cost(measured: StackCost, *, mode: Mode, shape: StepShape, first_traina
         if mode.checkpointing:
             backward += (cost.forward_flops if mode.reentrant else cost.recomputed_flops).at(**size)
             saved += layer.input_bytes * shape.batch * shape.positions
+            recomputed = max(recomputed, cost.saved_bytes.at(**size))
         else:
             saved += cost.saved_bytes.at(**size)
             shared = max(shared, cost.shared_bytes.at(batch=1, positions=shape.positions))
@@ -157,5 +163,6 @@ def step_cost(measured: StackCost, *, mode: Mode, shape: StepShape, first_traina
         backward_flops=backward,
         head_flops=head,
         saved_activation_bytes=saved + shared,
+        recomputed_bytes=recomputed,
         trainable_parameters=parameters,
     )

@@ -68,6 +68,7 @@ class LayerCost:
     cases: Mapping[Case, PassCost]
     trainable_parameters: int  # where it is trained
     input_bytes: float  # of its hidden state, for each position: what checkpointing saves
+    input_width: int  # numbers in it
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,8 @@ def _layer_cost(
                 counts = [_count_layer(layer, call, input_grad=case != "first") for call in calls]
                 trainable = sum(parameter.numel() for parameter in layer.parameters() if parameter.requires_grad)
             cases[case] = _pass_cost(counts, calls, least_pair=least_pair, saves_pairs=saves_pairs)
-    positions = calls[0].state.shape[-2]
-    return LayerCost(cases=cases, trainable_parameters=trainable, input_bytes=calls[0].state.nbytes / positions)
+    positions, width = calls[0].state.shape[-2:]
+    return LayerCost(cases, trainable, input_bytes=calls[0].state.nbytes / positions, input_width=width)
 
 
 def _stacks_experts(module: nn.Module) -> bool:

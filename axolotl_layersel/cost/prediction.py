@@ -19,8 +19,8 @@ def predict(
     shape: StepShape,
     autocast: torch.dtype | None,
     why: str | None,
-) -> Prediction:
-    """Ratios to training every layer in the same mode, for the cut and for all cuts.
+) -> tuple[Prediction, list[CutCost]]:
+    """Ratios to training every layer in the same mode, for the cut and for all cuts, and what they were made from.
 
     Args:
         stack: of the bare model; a short forward pass of its own layers is run.
@@ -28,7 +28,7 @@ def predict(
     """
     costs = cut_costs(stack, mode=mode, shape=shape, autocast=autocast)
     chosen = costs[first_trainable]
-    return Prediction(
+    prediction = Prediction(
         **{name: getattr(chosen, name) for name in RATIOS},
         head_share=chosen.head_share,
         floor=chosen.floor,
@@ -37,6 +37,7 @@ def predict(
         per_cut=CostOfCuts(**{name: [getattr(cost, name) for cost in costs] for name in (*RATIOS, "frozen_forward")}),
         absolute=_absolute(chosen, shape),
     )
+    return prediction, costs
 
 
 def _absolute(chosen: CutCost, shape: StepShape) -> StepAmounts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from peft import LoraConfig
 from torch import nn
 
 from axolotl_layersel.cost.cut_cost import Mode
+from axolotl_layersel.cost.peak_memory import Holds, peak_memory
 from axolotl_layersel.cost.prediction import predict
 from axolotl_layersel.integration import axolotl_api
+from axolotl_layersel.integration.cache_prediction import with_cache
 from axolotl_layersel.integration.log import LOG
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.integration.runnable_model import evaluating
@@ -30,8 +32,14 @@ from axolotl_layersel.training.trainable_parameters import full_patterns
 SCORED_FILE = "plan.scored.json"  # an earlier run's, where this one was given its cut
 
 
-def complete(settings: RunSettings, model: nn.Module, plan: Plan) -> Plan:
+def complete(
+    settings: RunSettings, model: nn.Module, plan: Plan, *, data_sets: Sequence[Any] = (), world_size: int = 1
+) -> Plan:
     """The plan with the config keys that apply it, what they cost, and the notes of this config.
+
+    Args:
+        data_sets: of training and evaluation, as far as they are known.
+        world_size: processes.
 
     Raises:
         ValueError: the user's targets lie outside of the plan's layers, or axolotl cannot freeze this model.
@@ -48,7 +56,12 @@ def complete(settings: RunSettings, model: nn.Module, plan: Plan) -> Plan:
         plan,
         config_updates=updates,
         notes=[*plan.notes, *(note for note in notes if note not in plan.notes)],
-        prediction=predict_costs(settings, model, adapters, first_trainable=plan.first_trainable),
+        prediction=predict_costs(
+            *(settings, model, adapters),
+            first_trainable=plan.first_trainable,
+            data_sets=data_sets,
+            world_size=world_size,
+        ),
     )
 
 
@@ -103,22 +116,45 @@ def _rate_note(settings: RunSettings, ratio: float) -> str:
 
 
 def predict_costs(
-    settings: RunSettings, model: nn.Module, adapters: Adapters | None, *, first_trainable: int
+    settings: RunSettings,
+    model: nn.Module,
+    adapters: Adapters | None,
+    *,
+    first_trainable: int,
+    data_sets: Sequence[Any] = (),
+    world_size: int = 1,
 ) -> Prediction | None:
     """What a step costs with this cut, and with every other; None where no process holds the layers to be measured."""
     if settings.sharded:
         return None
     stack = find_stack(model)
     key = settings.trains_embeddings
+    mode = mode_of(settings, stack, adapters)
     with evaluating(model, stack, autocast=settings.autocast):
-        return predict(
+        prediction, costs = predict(
             stack,
-            mode=mode_of(settings, stack, adapters),
+            mode=mode,
             first_trainable=first_trainable,
             shape=settings.shape,
             autocast=settings.autocast,
             why=f"`{key}` trains embeddings, so the backward pass runs through every layer." if key else None,
         )
+    prediction = with_cache(
+        *(settings, stack, prediction, costs),
+        first_trainable=first_trainable,
+        data_sets=data_sets,
+        world_size=world_size,
+    )
+    if settings.rl or settings.zero_stage:  # more rows and passes than a micro batch says; states are shared out
+        return prediction
+    holds = Holds(
+        optimizer=settings.optimizer,
+        accumulates=settings.rows_per_step > settings.shape.batch,
+        fused_loss=settings.fused_loss,
+        offloads=prediction.cache is not None and prediction.cache.offloaded_bytes > 0,
+    )
+    memory = peak_memory(model, stack, cut=costs[first_trainable], mode=mode, shape=settings.shape, holds=holds)
+    return dataclasses.replace(prediction, memory=memory)
 
 
 def mode_of(settings: RunSettings, stack: DecoderStack, adapters: Adapters | None) -> Mode:

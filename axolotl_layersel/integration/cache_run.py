@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
+from axolotl_layersel.integration.cache_decision import decide_place
 from axolotl_layersel.integration.cache_install import install_cache
 from axolotl_layersel.integration.processes import Processes
 from axolotl_layersel.integration.run_settings import RunSettings
@@ -22,10 +22,8 @@ from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.model.latent_states import left_as_found
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.prefix_cache.cached_prefix import CachedPrefix
-from axolotl_layersel.prefix_cache.decision import Choice, Need, Room, choose
 from axolotl_layersel.prefix_cache.fill import Sample, fill_store, gather_samples
 from axolotl_layersel.prefix_cache.fingerprint import prefix_fingerprint
-from axolotl_layersel.prefix_cache.indexes import disk_free
 from axolotl_layersel.prefix_cache.obstacles import find_obstacles, probe, rounding_tolerance
 from axolotl_layersel.prefix_cache.state_files import FileStore
 from axolotl_layersel.prefix_cache.state_store import MemoryStore, PrefixCacheError, StateStore
@@ -54,6 +52,7 @@ class CacheRun:
         self.obstacles = obstacles
         self.options = settings.options
         self.installed: list[CachedPrefix] = []  # in the model, and in a reference model beside it
+        self.facts: dict[str, float] = {}  # what was found and done, for trackers
 
     def prepare(self, model: nn.Module, *, epochs: float, train: bool = True) -> Path:
         """Fill the cache of this run; with `train` also install it.
@@ -82,11 +81,16 @@ class CacheRun:
             )
             if isinstance(store, FileStore):
                 self._open(store, held)
-            place, why = self._together(lambda: self._decide(store, samples, epochs, states, train))
-            if place == "disk" and not isinstance(store, FileStore):
+            world = self.processes.world_size
+            decided = self._together(
+                lambda: decide_place(
+                    *(self.settings, self.plan, store, samples), epochs=epochs, processes=world, train=train
+                )
+            )
+            if decided.place == "disk" and not isinstance(store, FileStore):
                 store = self._on_disk(folder, fingerprint, states)
                 self._open(store, held)
-            elif place == "ram":
+            elif decided.place == "ram":
                 store = self._in_memory(states)
             if isinstance(store, FileStore) and self.processes.is_main:
                 store.describe(about)
@@ -101,23 +105,30 @@ class CacheRun:
                     first_trainable=k,
                     batch_tokens=max(most, self.settings.batch_tokens),
                     autocast=autocast,
-                    share=(self.processes.rank, self.processes.world_size),
+                    share=(self.processes.rank, world),
                     show_progress=self.processes.is_main and bool(missing),
                 )
             )
             self._together(lambda: self._see_all(store, samples))
+        tokens = decided.need.tokens
+        self.facts = {
+            "cache_bytes": decided.need.bytes,
+            "cache_tokens": tokens,
+            "cache_filled_tokens": sum(len(sample.ids) for sample in missing),
+            "cache_filling_seconds": filled.seconds,
+            **({} if decided.whole_run is None else {"cache_whole_run_predicted": decided.whole_run}),
+        }
         if self.processes.is_main:
-            tokens = sum(len(sample.ids) for sample in samples)
             LOG.info(
                 "layersel: prefix cache: %s (%s): layers 0 to %d of %d samples, %d tokens, %.3g GB%s; %d samples were "
                 "computed now, in %.1f s",
-                place,
-                why,
+                decided.place,
+                decided.why,
                 k - 1,
                 len(samples),
                 tokens,
-                tokens * store.bytes_per_token / 1e9,
-                f" in {folder}" if place == "disk" else "",
+                decided.need.bytes / 1e9,
+                f" in {folder}" if decided.place == "disk" else "",
                 len(missing),
                 filled.seconds,
             )
@@ -213,39 +224,6 @@ class CacheRun:
 
         self._together(check)
         self._together(store.load)
-
-    def _decide(
-        self, store: StateStore, samples: list[Sample], epochs: float, states: Tensor, train: bool
-    ) -> tuple[str, str]:
-        tokens = sum(len(sample.ids) for sample in samples)
-        there = isinstance(store, FileStore)
-        k, prediction = self.plan.first_trainable, self.plan.prediction
-        frozen = prediction.per_cut.frozen_forward if prediction else None
-        need = Need(
-            tokens=tokens,
-            missing_tokens=sum(len(s.ids) for s in samples if not (there and s.key in store)),
-            bytes_per_token=store.bytes_per_token,
-            epochs=epochs,
-            frozen_forward=frozen[k] if frozen else 0.0,
-            step=prediction.step if prediction else 1.0,
-        )
-        gb = self.options.prefix_cache_gb
-        room = Room(
-            free_disk=disk_free(self.settings.cache_folder),
-            free_memory=psutil.virtual_memory().available,
-            limit=None if gb is None else gb * 1e9,
-            processes=self.processes.world_size,
-        )
-        choice: Choice = "disk" if not train else self.options.prefix_cache  # type: ignore[assignment]
-        place, why = choose(choice, need, room)
-        if prediction is not None and train:
-            first = need.step - need.frozen_forward * (1 - need.missing_tokens / max(tokens, 1))
-            why += (
-                f"; predicted work to training all layers: {first:.2f} in the first epoch with filling, "
-                f"{need.step - need.frozen_forward:.2f} in later ones, {need.whole_run(on_disk=place == 'disk'):.2f} "
-                f"over the whole run, {need.step:.2f} without a cache"
-            )
-        return place, why
 
     def _see_all(self, store: StateStore, samples: list[Sample]) -> None:
         """After filling, each process must see what the others wrote."""

@@ -96,7 +96,9 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
         place(model)
         stack = find_stack(model)
         about["num_layers"] = stack.num_layers
-        predicted = predict_costs(settings, model, adapters_of(settings, model), first_trainable=0)
+        sets = [rows for rows in (meta.train_dataset, meta.eval_dataset) if rows is not None]
+        adapters = adapters_of(settings, model)
+        predicted = predict_costs(settings, model, adapters, first_trainable=0, data_sets=sets)
         with ready_to_run(model, stack):
             found[:] = compare_methods(
                 model,
@@ -107,6 +109,7 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
                 batch_tokens=settings.batch_tokens,
                 autocast=settings.autocast,
                 step_of_cut=None if predicted is None else predicted.per_cut.step,
+                run_of_cut=None if predicted is None else predicted.per_cut.whole_run,
             )
 
     with _visiting(visit):

@@ -31,6 +31,7 @@ from axolotl_layersel.integration.ray_workers import config_as_written
 from axolotl_layersel.integration.run_settings import RunSettings, settings_of
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import Plan
+from axolotl_layersel.report.memory_meter import MemoryMeter
 from axolotl_layersel.report.model_card import add_to_model_card
 from axolotl_layersel.report.step_timer import StepTimer
 from axolotl_layersel.report.trackers import PlanTracker
@@ -45,6 +46,7 @@ class _Run:
 
     settings: RunSettings
     dataset: Any = None
+    data_sets: tuple[Any, ...] = ()  # the same, and that of evaluation
     plan: Plan | None = None
     processes: Processes = field(default_factory=Processes)
     loaded: bool = False  # the model to train is; a reference model may follow
@@ -91,6 +93,7 @@ class LayerSelPlugin(BasePlugin):
 
         meta = (load_preference_datasets if current.settings.rl else load_datasets)(cfg=cfg)
         current.dataset = meta.train_dataset
+        current.data_sets = tuple(rows for rows in (meta.train_dataset, meta.eval_dataset) if rows is not None)
         return meta
 
     def pre_lora_load(self, cfg: Any, model: nn.Module) -> None:
@@ -102,7 +105,8 @@ class LayerSelPlugin(BasePlugin):
         current.processes = processes = join_processes(cpu=settings.use_cpu)
         with processes.stopping_together():
             processes.main_only(lambda: claim_folder(settings.plan_path.parent))
-            plan = apply.complete(settings, model, decide(settings, model, current.dataset, processes=processes))
+            plan = decide(settings, model, current.dataset, processes=processes)
+            plan = apply.complete(settings, model, plan, data_sets=current.data_sets, world_size=processes.world_size)
             written = self.written.get(settings.config_file, {})
             processes.main_only(lambda: apply.publish(settings, plan, config_as_written=written))
         current.plan = plan
@@ -161,6 +165,7 @@ class LayerSelPlugin(BasePlugin):
                 stop_backward=current.stop_backward,
             ),
             StepTimer(current.plan, trainer=trainer),
+            MemoryMeter(current.plan, trainer=trainer),
             PlanTracker(current.plan, current.settings.plan_path.parent, trainer=trainer),
         ]
 

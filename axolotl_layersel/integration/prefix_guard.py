@@ -13,6 +13,7 @@ from axolotl_layersel.integration.processes import Processes
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.prefix_cache.state_store import PrefixCacheError
+from axolotl_layersel.report.trackers import log_measured
 
 
 class PrefixGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any to mypy here
@@ -32,6 +33,8 @@ class PrefixGuard(TrainerCallback):  # type: ignore[misc]  # transformers is Any
             if self.run.options.prefix_cache != "auto":
                 raise
             LOG.warning("layersel: prefix cache: off: %s", error)
+        if state.is_world_process_zero and self.run.facts:
+            log_measured(self.run.trainer, self.run.facts)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take the cache out again."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from axolotl_layersel.config.conflicts import find_notes, sharded, trains_embeddings
+from axolotl_layersel.config.conflicts import find_notes, sharded, trains_embeddings, zero_stage
 from axolotl_layersel.config.options import LayerSelOptions
 from axolotl_layersel.config.prefix_cache import cache_obstacles
 from axolotl_layersel.cost.cut_cost import StepShape
@@ -18,6 +18,7 @@ from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER
 from axolotl_layersel.training.trainable_parameters import resolve_train_head
 
 AUTOCAST_TYPES = (torch.bfloat16, torch.float16)
+_FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
 CACHE_FOLDER = "layersel_prefix_cache"  # in the folder of the prepared data
 
 
@@ -47,6 +48,9 @@ class RunSettings:
     max_steps: int | None
     epochs: float
     learning_rate: float
+    optimizer: str
+    fused_loss: bool  # the loss is computed without logits of all tokens at once
+    zero_stage: int | None  # DeepSpeed's
     checkpointing: bool
     reentrant: bool  # checkpointing is reentrant, with a boundary at the cut
     stop_backward: bool  # the backward pass ends at the cut
@@ -110,6 +114,9 @@ def settings_of(cfg: Any) -> RunSettings:
         max_steps=cfg.max_steps if cfg.max_steps and cfg.max_steps > 0 else None,
         epochs=float(cfg.num_epochs or 1),
         learning_rate=float(cfg.learning_rate or 0.0),
+        optimizer=str(getattr(cfg.optimizer, "value", cfg.optimizer) or "adamw_torch_fused"),  # axolotl's own default
+        fused_loss=any(cfg.get(key) for key in _FUSED_LOSSES),
+        zero_stage=zero_stage(cfg),
         checkpointing=bool(cfg.gradient_checkpointing),
         # A compiled layer's frame may be used for another layer, without the boundary hook.
         reentrant=bool(cfg.gradient_checkpointing and kwargs.get("use_reentrant") and not cfg.torch_compile),

@@ -154,7 +154,7 @@ def fill_store(
                 for row, sample in enumerate(batch):
                     store.add(sample.key, states_BTD[row, : len(sample.ids)])
                 done += len(batch)
-                bar.set_postfix_str(f"{done} of {rows} rows", refresh=False)
+                bar.set_postfix_str(f"{done} of {rows} rows, {store.bytes_left() / 1e9:.1f} GB left", refresh=False)
                 bar.update(sum(len(s.ids) for s in batch))
         except TooLargeError as error:
             (sample,) = error.batch

@@ -34,6 +34,7 @@ from axolotl_layersel.prefix_cache.indexes import (
     ABOUT_FILE,
     LOCK_FILE,
     SCHEMA,
+    disk_free,
     find_fault,
     write_whole,
 )
@@ -142,6 +143,10 @@ class FileStore(StateStore):
             return self._waiting[key]
         states, scales, start, tokens = self._places[key]
         return states[start : start + tokens], None if scales is None else scales[start : start + tokens]
+
+    def bytes_left(self) -> int:
+        """Of the folder's disk."""
+        return disk_free(self.folder)
 
     def flush(self) -> None:
         """Write what waits, the index last, and map it.

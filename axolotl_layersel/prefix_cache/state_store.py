@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
+import psutil
 import torch
 from torch import Tensor
 
 from axolotl_layersel.prefix_cache.samples import Key, Segment
 
 StoredAs = Literal["model", "int8"]
+SCALE_BYTES = 4  # of a token stored in eight bits
 
 
 class PrefixCacheError(RuntimeError):
@@ -35,7 +37,7 @@ class StateStore(ABC):
     @property
     def bytes_per_token(self) -> int:
         """What one token takes."""
-        return self.width + 4 if self.stored_as == "int8" else self.width * self.dtype.itemsize
+        return self.width + SCALE_BYTES if self.stored_as == "int8" else self.width * self.dtype.itemsize
 
     @property
     def storage_error(self) -> float:
@@ -60,6 +62,10 @@ class StateStore(ABC):
         Raises:
             KeyError: the sample is not here.
         """
+
+    @abstractmethod
+    def bytes_left(self) -> int:
+        """What is free where states are kept."""
 
     def flush(self) -> None:  # noqa: B027 - nothing to do for those that keep nothing back
         """Make everything that was added readable, here and for later runs."""
@@ -98,6 +104,10 @@ class MemoryStore(StateStore):
     def find(self, key: Key) -> tuple[Tensor, Tensor | None]:
         """As it was added."""
         return self._states[key]
+
+    def bytes_left(self) -> int:
+        """Of the host's memory."""
+        return int(psutil.virtual_memory().available)
 
 
 def assemble(

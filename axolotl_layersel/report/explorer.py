@@ -10,13 +10,22 @@ from html import escape
 from typing import Any
 
 from axolotl_layersel.plan import Plan
-from axolotl_layersel.report.wording import checkpointing, every_layer, layer_range, mode_name, per_cut, printable
+from axolotl_layersel.report.wording import (
+    checkpointing,
+    every_layer,
+    layer_range,
+    mode_name,
+    per_cut,
+    printable,
+    summary,
+)
 
 BYTES = (1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 SCALES = {"saved_activation_bytes": BYTES, "trainable_parameters": (1000, ("", "K", "M", "B"))}  # base, units
 TILES = {  # name in the plan -> (colour, label)
     "retention": ("trained", "improvement kept"),
     "step": ("step", "FLOPs of a step"),
+    "whole_run": ("step", "FLOPs of the run, cached"),
     "backward": ("step", "FLOPs of backward"),
     "saved_activation_bytes": ("memory", "activation memory"),
     "trainable_parameters": ("soft", "trainable parameters"),
@@ -111,11 +120,12 @@ def _basis(plan: Plan) -> str:
     if plan.prediction is None:
         known = "Predicted share of the improvement of training every layer. " if plan.scores else ""
         return f"{known}No cost is known for this plan."
-    size = plan.prediction.absolute
+    size, told = plan.prediction.absolute, summary(plan)
     sentences = [
         f"Predicted ratios to training every layer, {mode_name(plan)} {checkpointing(plan.prediction)}.",
         f"Amounts are for a micro batch of {size.rows} x {size.positions} tokens.",
         f"No cut brings a step below {plan.prediction.floor:.2f} of the FLOPs.",
         printable(plan.prediction.why or ""),
+        *(f"{name.capitalize()}: {told[name]}" for name in ("cache", "memory") if name in told),
     ]
     return " ".join(filter(None, sentences))

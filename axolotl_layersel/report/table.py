@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from axolotl_layersel.plan import Plan
-from axolotl_layersel.report.wording import notes, subject, summary
+from axolotl_layersel.report.wording import notes, per_cut, subject, summary
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def table(plan: Plan) -> RenderableType:
-    """The plan as a rich renderable: a row for each decoder layer, four lines, notes. Readable at 80 columns."""
+    """The plan as a rich renderable: a row for each decoder layer, some lines, notes. Readable at 80 columns."""
     lines = Table.grid(padding=(0, 2))
     lines.add_column(style="bold", no_wrap=True)
     lines.add_column()
@@ -34,34 +34,40 @@ def table(plan: Plan) -> RenderableType:
 def _layers(plan: Plan) -> Table:
     layers = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     layers.add_column("layer", justify="right", no_wrap=True)
-    if plan.scores is None:  # nothing differs from layer to layer
+    columns = _columns(plan)
+    if not columns:  # nothing differs from layer to layer
         layers.add_column("")
         if plan.first_trainable:
             layers.add_row(_range(0, plan.first_trainable - 1), "frozen", style="dim")
         layers.add_row(_range(plan.first_trainable, plan.num_layers - 1), "trained", style="bold")
         return layers
-    layers.add_column("deviation", no_wrap=True)
-    low = plan.scores.retention_low
-    layers.add_column("descent", no_wrap=True)
-    layers.add_column("kept" if low else "kept from here", justify="right", no_wrap=True)
-    if low:
-        layers.add_column("at least", justify="right", no_wrap=True)
+    for name, cells in columns.items():
+        layers.add_column(name, justify="left" if isinstance(cells[0], Bar) else "right", no_wrap=True)
     layers.add_column("", no_wrap=True)
-    deviation, descent = plan.scores.deviation[1:], plan.scores.descent
     for i in range(plan.num_layers):
         trained = i >= plan.first_trainable
         if i == plan.first_trainable and i:
             layers.add_section()
-        layers.add_row(
-            str(i),
-            Bar(deviation[i], of=max(deviation)),
-            Bar(descent[i], of=max(descent)),
-            f"{plan.scores.retention[i]:.3f}",
-            *([f"{low[i]:.3f}"] if low else []),
-            "trained" if trained else "frozen",
-            style="" if trained else "dim",
-        )
+        row = [cells[i] for cells in columns.values()]
+        layers.add_row(str(i), *row, "trained" if trained else "frozen", style="" if trained else "dim")
     return layers
+
+
+def _columns(plan: Plan) -> dict[str, list[Bar | str]]:
+    """What is known of each layer, or of training from it on: head of the column -> a cell for each layer."""
+    columns: dict[str, list[Bar | str]] = {}
+    whole_run = per_cut(plan, "whole_run")
+    if plan.scores:
+        width = 14 if whole_run is None else 10
+        deviation, descent, low = plan.scores.deviation[1:], plan.scores.descent, plan.scores.retention_low
+        columns["deviation"] = [Bar(value, of=max(deviation), width=width) for value in deviation]
+        columns["descent"] = [Bar(value, of=max(descent), width=width) for value in descent]
+        columns["kept" if low else "kept from here"] = [f"{value:.3f}" for value in plan.scores.retention]
+        if low:
+            columns["at least"] = [f"{value:.3f}" for value in low]
+    if whole_run:  # with the prefix cache, when training begins at this layer
+        columns["whole run"] = [f"{value:.2f}" for value in whole_run]
+    return columns
 
 
 def _range(first: int, last: int) -> str:

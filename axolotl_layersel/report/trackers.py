@@ -8,7 +8,7 @@ figure. The console and the trainer's log history are left alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from axolotl_layersel.report.wording import COSTS, shares
 LOG = logging.getLogger("axolotl.integrations.layersel")
 
 FIGURE, REPORT = "deviation.png", "report.html"
+CACHE = ("first_epoch", "later_epochs", "whole_run", "state_bytes", "offloaded_bytes")  # of `CacheCosts`
 REPORTING = tuple(INTEGRATION_TO_CALLBACK.values())
 WITH_CURVES = (TensorBoardCallback, MLflowCallback, WandbCallback, TrackioCallback)
 
@@ -36,7 +37,7 @@ def values(plan: Plan) -> dict[str, float]:
     return flat
 
 
-def log_measured(trainer: Trainer, measured: dict[str, float]) -> None:
+def log_measured(trainer: Trainer, measured: Mapping[str, float]) -> None:
     """Send measured numbers (`forward_seconds`, ...) to every tracker as `layersel/measured/<name>`."""
     _send(trainer, {f"layersel/measured/{name}": float(value) for name, value in measured.items()})
 
@@ -99,8 +100,10 @@ def _main_values(plan: Plan) -> dict[str, float]:
         "pilot/cost_share": pilot.cost_share if pilot else None,
         "stability": shares(plan.scores.stability).get(k, 0.0) if plan.scores else None,
         **{f"predicted/{name}": getattr(plan.prediction, name, None) for name in ("forward", *COSTS)},
+        **{f"predicted/cache/{name}": getattr(plan.prediction and plan.prediction.cache, name, None) for name in CACHE},
+        "predicted/peak_memory_bytes": getattr(plan.prediction and plan.prediction.memory, "total", None),
     }
-    return {f"layersel/{name}": value for name, value in main.items() if value is not None}
+    return {f"layersel/{name}": float(value) for name, value in main.items() if value is not None}
 
 
 def _curves(plan: Plan) -> Iterator[tuple[str, str, list[float]]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from axolotl_layersel.plan import Plan
-from axolotl_layersel.plan_parts import Prediction
+from axolotl_layersel.plan_parts import CacheCosts, PeakMemory, Prediction
 
 UNITS = {"cosine": "1 - cosine", "logit_lens": "logit lens (nats)"}
 BAND_95 = 1.96  # standard errors
@@ -36,7 +36,8 @@ def printable(text: object) -> str:
 def per_cut(plan: Plan, name: str) -> list[float] | None:
     """The retention or a predicted cost of every cut 0..L-1, relative to training every layer; None if not known."""
     part = plan.scores if name == "retention" else plan.prediction and plan.prediction.per_cut
-    return None if part is None else list(getattr(part, name))
+    values = None if part is None else getattr(part, name)
+    return None if values is None else list(values)
 
 
 def every_layer(plan: Plan, name: str) -> float | None:
@@ -83,11 +84,14 @@ def layer_range(first: int, last: int) -> str:
 
 
 def summary(plan: Plan) -> dict[str, str]:
-    """The four lines under the table: the cut, what is trained, what it saves, how to have it again."""
+    """The lines under the table: the cut, what is trained, what it saves, what it holds, how to have it again."""
+    cache, memory = (plan.prediction.cache, plan.prediction.memory) if plan.prediction else (None, None)
     lines = {
         "cut": _cut(plan),
         "trained": _trained(plan),
         "predicted": _predicted(plan),
+        **({"cache": cache_line(cache, without=plan.prediction.step)} if cache and plan.prediction else {}),
+        **({"memory": memory_line(memory)} if memory else {}),
         "again": f"{recipe(plan)}   (scores nothing)",
     }
     return {name: printable(text) for name, text in lines.items()}
@@ -139,6 +143,40 @@ def _predicted(plan: Plan) -> str:
     floor = f" No cut brings a step below {plan.prediction.floor:.2f}."
     why = f" {plan.prediction.why}" if plan.prediction.why else ""
     return f"{costs} of training every layer, {checkpointing(plan.prediction)}.{floor}{why}"
+
+
+def cache_line(cache: CacheCosts, *, without: float) -> str:
+    """What a prefix cache saves and takes, in a sentence or two.
+
+    Args:
+        without: the step ratio, and so that of the whole run, without a cache.
+    """
+    size = (
+        f"{cache.bytes_per_token} bytes for each token" if cache.state_bytes is None else gigabytes(cache.state_bytes)
+    )
+    where = {"ram": " in memory", "disk": " on disk", "auto": ""}[cache.asked]
+    leaves = f" {gigabytes(cache.offloaded_bytes)} of frozen weights leave the device." if cache.offloaded_bytes else ""
+    return (
+        f"FLOPs of the whole run {cache.whole_run:.2f} of training every layer ({without:.2f} without a prefix cache): "
+        f"{cache.first_epoch:.2f} in the first epoch, filling included, {cache.later_epochs:.2f} in later ones, "
+        f"{cache.epochs:.3g} epochs. States take {size}{where}.{leaves}"
+    )
+
+
+def memory_line(memory: PeakMemory) -> str:
+    """What a training step holds on its device, in a sentence."""
+    away = f" ({gigabytes(memory.offloaded)} more left the device)" if memory.offloaded else ""
+    return (
+        f"{gigabytes(memory.total)} at the peak of a step, {gigabytes(memory.all_layers)} when every layer is trained: "
+        f"weights {gigabytes(memory.weights)}{away}, gradients {gigabytes(memory.gradients)}, optimizer "
+        f"{gigabytes(memory.optimizer)}, activations {gigabytes(memory.activations)}, logits or recomputation "
+        f"{gigabytes(memory.passing)}."
+    )
+
+
+def gigabytes(count: float) -> str:
+    """An amount in GB (1e9 bytes), or in MB where it is small."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def checkpointing(prediction: Prediction) -> str:

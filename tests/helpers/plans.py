@@ -10,7 +10,17 @@ import numpy as np
 
 from axolotl_layersel.method import gain as gains
 from axolotl_layersel.plan import Plan
-from axolotl_layersel.plan_parts import CostOfCuts, Pilot, PilotCut, Prediction, ScoredSample, Scores, StepAmounts
+from axolotl_layersel.plan_parts import (
+    CacheCosts,
+    CostOfCuts,
+    PeakMemory,
+    Pilot,
+    PilotCut,
+    Prediction,
+    ScoredSample,
+    Scores,
+    StepAmounts,
+)
 
 
 def scored_plan(
@@ -70,6 +80,27 @@ def sample(*datasets: str) -> ScoredSample:
     return ScoredSample(
         128, seed=42, dataset_fingerprint="d" * 12, tokenizer_fingerprint="t" * 12, datasets=[*datasets]
     )
+
+
+def cached(plan: Plan, *, epochs: float = 3.0, tokens: int | None = 1_000_000) -> Plan:
+    """The plan of a run with a prefix cache on the disk, whose frozen weights leave the device."""
+    assert plan.prediction
+    step, k = plan.prediction.per_cut.step, plan.first_trainable
+    frozen = [0.3 * cut / plan.num_layers for cut in range(plan.num_layers)]
+    runs = [one - part * (1 - 1 / epochs) for one, part in zip(step, frozen, strict=True)]
+    cache = CacheCosts("disk", epochs, step[k], step[k] - frozen[k], runs[k], 8192, tokens, offloaded_bytes=3 * 10**9)
+    memory = PeakMemory(
+        weights=4 * 10**9,
+        offloaded=3 * 10**9,
+        gradients=10**7,
+        optimizer=2 * 10**7,
+        activations=10**9,
+        passing=5 * 10**8,
+        total=553 * 10**7,
+        all_layers=9 * 10**9,
+    )
+    per_cut = replace(plan.prediction.per_cut, frozen_forward=frozen, whole_run=runs)
+    return replace(plan, prediction=replace(plan.prediction, per_cut=per_cut, cache=cache, memory=memory))
 
 
 def prediction(*, num_layers: int, first_trainable: int, why: str | None = None) -> Prediction:

@@ -1,4 +1,4 @@
-"""Real axolotl runs with and without the cache: the same losses, and frozen layers that do not run."""
+"""Real axolotl runs with and without the cache: the same losses and saved weights; frozen layers do not run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from axolotl_runs import instruction_rows, make_dataset, make_model, write_config
 from axolotl_turns import WITNESS, train_in_turn
+from safetensors.torch import load_file
+
+from axolotl_layersel.plan import read_plan
 
 CUT = 3
 MODES: dict[str, dict[str, Any]] = {
@@ -56,7 +60,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
             here.mkdir()
             config = {
                 "plugins": ["axolotl_test_plugins.FixedSeed", "layersel", "axolotl_test_plugins.LayerCalls", WITNESS],
-                "layersel": {"first_layer": CUT, "report": False, "prefix_cache": WHERE.get(name, "off")},
+                "layersel": {
+                    "first_layer": CUT,
+                    "report": False,
+                    "prefix_cache": WHERE.get(name, "off"),
+                    "offload_prefix": name in ("ram", "disk"),  # from the host's memory to mapped files
+                },
                 "dataset_prepared_path": str(folder / f"{mode} prepared"),
                 "dataset_num_proc": 0,
                 "max_steps": None,
@@ -67,11 +76,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
             if rl := options.get("rl"):
                 config["datasets"] = preference_rows(folder, rl)
             configs.append(write_config(here, model=model, data=data, **config))
-    return train_in_turn(folder, configs, timeout=1500)
+    results = train_in_turn(folder, configs, timeout=1500)
+    return {name: {**result, "folder": folder / name} for name, result in results.items()}
 
 
-def calls(folder: Path) -> dict[str, int]:
-    return json.loads((folder / "out" / "layer_calls.json").read_text(encoding="utf-8"))
+def saved(run: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that a run left: adapters, or the model."""
+    (file,) = (run["folder"] / "out").glob("*model.safetensors")
+    return load_file(file)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -100,3 +112,58 @@ def test_a_later_run_with_other_settings_computes_nothing_again(mode: str, runs:
         re.findall(r"(\d+) samples were computed now", runs[f"{mode} {n}"]["log"]) for n in ("disk", "again")
     )
     assert int(first[0]) > 0 and again == ["0"]
+
+
+@pytest.mark.parametrize("name", ["ram", "disk"])
+@pytest.mark.parametrize("mode", ["lora", "reentrant", "qlora", "packed"])
+def test_saved_adapters_are_those_of_a_run_without_the_cache(
+    mode: str, name: str, runs: dict[str, dict[str, Any]]
+) -> None:
+    without, cached = saved(runs[f"{mode} off"]), saved(runs[f"{mode} {name}"])
+    assert cached.keys() == without.keys() and len(cached) == 2 * 7 * 3  # both factors, projections, trained layers
+    for key, weight in without.items():
+        assert cached[key].dtype == weight.dtype
+        same_change(cached[key], weight, start=torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("name", ["ram", "disk"])
+def test_saved_models_are_those_of_a_run_without_the_cache(name: str, runs: dict[str, dict[str, Any]]) -> None:
+    """Frozen weights lay in mapped files when the model was saved."""
+    without, cached = saved(runs["full off"]), saved(runs[f"full {name}"])
+    base = load_file(runs["full off"]["folder"].parent / "model" / "model.safetensors")
+    assert cached.keys() == without.keys() == base.keys()
+    for key, weight in without.items():
+        layer = re.search(r"layers\.(\d+)", key)
+        frozen = int(layer[1]) < CUT if layer else "embed_tokens" in key
+        assert torch.equal(weight, base[key]) == frozen, key
+        if frozen:
+            assert torch.equal(cached[key], weight), key
+        else:
+            same_change(cached[key], weight, start=base[key])
+
+
+def same_change(one: torch.Tensor, other: torch.Tensor, *, start: torch.Tensor) -> None:
+    """Adam turns a gradient that is nothing but rounding into a whole step; there are few such entries."""
+    assert (one - other).norm() <= 0.01 * (other - start).norm()
+
+
+@pytest.mark.parametrize("mode", ["lora", "packed", "full"])
+def test_the_plan_knew_what_the_cache_would_take(mode: str, runs: dict[str, dict[str, Any]]) -> None:
+    run = runs[f"{mode} disk"]
+    tokens = re.findall(r"samples, (\d+) tokens, .* GB in ", run["log"])
+    prediction = read_plan(run["folder"] / "out").prediction
+    assert prediction is not None and prediction.cache is not None and prediction.per_cut.frozen_forward is not None
+    cache, frozen = prediction.cache, prediction.per_cut.frozen_forward[CUT]
+    assert [str(cache.tokens)] == tokens and cache.bytes_per_token == 4 * 32
+    assert cache.epochs == 2 and cache.first_epoch == prediction.step
+    assert cache.whole_run == pytest.approx((cache.first_epoch + cache.later_epochs) / 2)
+    assert cache.later_epochs == pytest.approx(prediction.step - frozen)
+    assert prediction.per_cut.whole_run and prediction.per_cut.whole_run[CUT] == cache.whole_run
+    assert prediction.memory and prediction.memory.offloaded == cache.offloaded_bytes > 0
+    assert f"FLOPs of the whole run {cache.whole_run:.2f}" in run["log"]
+
+
+def test_without_a_cache_the_plan_has_none(runs: dict[str, dict[str, Any]]) -> None:
+    prediction = read_plan(runs["lora off"]["folder"] / "out").prediction
+    assert prediction and prediction.cache is None and prediction.per_cut.whole_run is None
+    assert prediction.memory and prediction.memory.offloaded == 0 and prediction.memory.total > 0

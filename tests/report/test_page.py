@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import given_plan, prediction, scored_plan
+from plans import cached, given_plan, prediction, scored_plan
 
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.plan_parts import ScoredSample
@@ -136,6 +136,18 @@ def test_the_data_are_the_plan_s_curves() -> None:
     for name in ("step", "backward", "saved_activation_bytes", "trainable_parameters"):
         assert values["curves"][name] == getattr(plan.prediction.per_cut, name)
         assert len(values["ratios"][name]) == len(values["amounts"][name]) == 7
+
+
+def test_a_run_with_a_prefix_cache_has_a_tile_and_its_sentences() -> None:
+    plan = cached(scored_plan(num_layers=7))
+    page = render(plan)
+    _, data, _ = Structure(page).raw
+    assert plan.prediction and plan.prediction.cache
+    assert json.loads(data)["curves"]["whole_run"] == plan.prediction.per_cut.whole_run
+    text = unescape(re.sub(r"<[^>]+>", " ", page))
+    assert f"FLOPs of the run, cached {plan.prediction.cache.whole_run:.2f}" in text
+    assert "States take 8.19 GB on disk." in text and "5.53 GB at the peak of a step" in text
+    assert "cached" not in render(scored_plan(num_layers=7))
 
 
 def test_texts_of_the_page() -> None:

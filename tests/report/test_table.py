@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plans import given_plan, prediction, sample, scored_plan
+from plans import cached, given_plan, prediction, sample, scored_plan
 from rich.console import Console
 
 from axolotl_layersel.plan import Plan
@@ -174,6 +174,34 @@ def test_what_is_predicted() -> None:
     )
     assert summary(why)["predicted"].endswith("below 0.46. Embeddings are trained.")
     assert summary(given_plan())["predicted"] == "no cost is known for this plan."
+
+
+def test_a_run_with_a_prefix_cache_says_what_it_saves_and_holds() -> None:
+    lines = summary(cached(FOUR))
+    assert lines["cache"] == (
+        "FLOPs of the whole run 0.81 of training every layer (0.86 without a prefix cache): 0.86 in the first epoch, "
+        "filling included, 0.79 in later ones, 3 epochs. States take 8.19 GB on disk. 3 GB of frozen weights leave the "
+        "device."
+    )
+    assert lines["memory"] == (
+        "5.53 GB at the peak of a step, 9 GB when every layer is trained: weights 4 GB (3 GB more left the device), "
+        "gradients 10 MB, optimizer 20 MB, activations 1 GB, logits or recomputation 500 MB."
+    )
+    assert "States take 8192 bytes for each token on disk." in summary(cached(FOUR, tokens=None))["cache"]
+    assert not {"cache", "memory"} & summary(FOUR).keys()
+
+
+def test_a_run_with_a_prefix_cache_shows_the_whole_run_of_every_cut() -> None:
+    for plan in (
+        cached(FOUR),
+        cached(scored_plan(num_layers=80)),
+        cached(given_plan(prediction=prediction(num_layers=12, first_trainable=5))),
+    ):
+        text = plan_text(plan)
+        assert max(map(len, text.splitlines())) <= 80 and "whole run" in text
+        assert plan.prediction and plan.prediction.per_cut.whole_run
+        shown = [float(row.split()[-2]) for row in rows(text) if row.endswith(("frozen", "trained"))]
+        assert shown == pytest.approx(plan.prediction.per_cut.whole_run, abs=0.0051)
 
 
 def test_what_is_trained() -> None:

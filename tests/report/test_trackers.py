@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plans import given_plan, pilot, scored_plan
+from plans import cached, given_plan, pilot, scored_plan
 from tiny import VOCABULARY, tiny_llama
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -99,6 +99,18 @@ def test_a_pilot_s_own_numbers_are_there_where_there_was_one() -> None:
     names = ("first_trainable", "retention", "retention_stderr", "cost_share")
     assert [flat[f"layersel/pilot/{name}"] for name in names] == [10.0, 0.6, 0.03, 0.019]
     assert not [name for name in values(scored_plan()) if "pilot" in name]
+
+
+def test_a_prefix_cache_and_the_peak_of_memory_have_values() -> None:
+    plan = cached(scored_plan(num_layers=LAYERS, first_trainable=1))
+    flat = values(plan)
+    assert plan.prediction and plan.prediction.cache
+    for name in ("first_epoch", "later_epochs", "whole_run", "state_bytes", "offloaded_bytes"):
+        assert flat[f"layersel/predicted/cache/{name}"] == getattr(plan.prediction.cache, name)
+    assert flat["layersel/predicted/peak_memory_bytes"] == 5.53e9
+    assert all(type(value) is float and math.isfinite(value) for value in flat.values())
+    unknown = values(cached(plan, tokens=None))
+    assert set(flat) - set(unknown) == {"layersel/predicted/cache/state_bytes"}
 
 
 def test_layer_names_sort_in_the_order_of_the_layers() -> None:
