@@ -73,7 +73,7 @@ class LayerSelOptions(BaseModel):
         description="folder of the caches; none: `layersel_prefix_cache` in the prepared data's",
     )
     prefix_cache_dtype: Literal["model", "int8"] = Field(
-        default="model", description="`int8`: half of the room or less, with one scale for each token"
+        default="model", description="`int8`: about half of the room, with a scale for every 64 numbers of a token"
     )
     offload_prefix: Literal["auto"] | bool = Field(
         default="auto", description="frozen weights leave the GPU once everything that needs them is in the cache"

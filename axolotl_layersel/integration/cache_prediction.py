@@ -17,7 +17,7 @@ from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.plan_parts import CacheCosts, Prediction
 from axolotl_layersel.prefix_cache.decision import WORTH_IT, Need
-from axolotl_layersel.prefix_cache.state_store import SCALE_BYTES
+from axolotl_layersel.prefix_cache.state_store import eight_bit_bytes
 
 
 def with_cache(
@@ -47,7 +47,7 @@ def with_cache(
         Need(
             tokens=1,
             missing_tokens=1,
-            bytes_per_token=cost.state_width + SCALE_BYTES if eight_bits else cost.state_bytes,
+            bytes_per_token=eight_bit_bytes(cost.state_width) if eight_bits else cost.state_bytes,
             epochs=epochs,
             frozen_forward=cost.frozen_forward,
             step=cost.step,

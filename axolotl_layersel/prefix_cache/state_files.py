@@ -39,7 +39,7 @@ from axolotl_layersel.prefix_cache.indexes import (
     write_whole,
 )
 from axolotl_layersel.prefix_cache.samples import KEY_BYTES, Key
-from axolotl_layersel.prefix_cache.state_store import PrefixCacheError, StateStore, StoredAs
+from axolotl_layersel.prefix_cache.state_store import GROUP, PrefixCacheError, StateStore, StoredAs
 
 LOG = logging.getLogger("axolotl.integrations.layersel")
 
@@ -217,7 +217,7 @@ class FileStore(StateStore):
         if keys.shape != (len(lengths), KEY_BYTES) or int(lengths.sum()) != len(states) or bool((lengths < 1).any()):
             return "its lengths and its states do not belong together"
         scales = tensors.get("scales")
-        if scales is not None and scales.shape != (len(states),):
+        if scales is not None and scales.shape != (len(states), -(-self.width // GROUP)):
             return "its scales and its states do not belong together"
         start = 0
         for key, length in zip(keys.numpy(), lengths.tolist(), strict=True):

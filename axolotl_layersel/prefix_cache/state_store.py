@@ -9,11 +9,17 @@ from typing import Literal
 import psutil
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from axolotl_layersel.prefix_cache.samples import Key, Segment
 
 StoredAs = Literal["model", "int8"]
-SCALE_BYTES = 4  # of a token stored in eight bits
+GROUP = 64  # numbers of a token that share a scale in eight bits: a few entries of a token are huge in real models
+
+
+def eight_bit_bytes(width: int) -> int:
+    """What a token of `width` numbers takes in eight bits, with its float32 scales."""
+    return width + 4 * -(-width // GROUP)
 
 
 class PrefixCacheError(RuntimeError):
@@ -26,7 +32,7 @@ class StateStore(ABC):
     Args:
         width: D.
         dtype: in which the frozen layers hand states on, and in which they are read.
-        stored_as: `model` for that dtype, or `int8` with one scale for each token.
+        stored_as: `model` for that dtype, or `int8` with a scale for every `GROUP` numbers of a token.
     """
 
     def __init__(self, *, width: int, dtype: torch.dtype, stored_as: StoredAs = "model") -> None:
@@ -37,15 +43,15 @@ class StateStore(ABC):
     @property
     def bytes_per_token(self) -> int:
         """What one token takes."""
-        return self.width + SCALE_BYTES if self.stored_as == "int8" else self.width * self.dtype.itemsize
+        return eight_bit_bytes(self.width) if self.stored_as == "int8" else self.width * self.dtype.itemsize
 
     @property
     def storage_error(self) -> float:
-        """The largest relative error of a token's state that eight bits give: one entry holds all of its norm.
+        """The largest relative error of a token's state that eight bits give.
 
-        Steps of max / 127, errors uniform within half of one: max / (127 sqrt(12)) for each of D entries.
+        Each number is off by up to half of a step of max / 127, and the max is at most the norm of its group.
         """
-        return (self.width / 12) ** 0.5 / 127 if self.stored_as == "int8" else 0.0
+        return min(self.width, GROUP) ** 0.5 / 254 if self.stored_as == "int8" else 0.0
 
     @abstractmethod
     def __contains__(self, key: Key) -> bool:
@@ -57,7 +63,7 @@ class StateStore(ABC):
 
     @abstractmethod
     def find(self, key: Key) -> tuple[Tensor, Tensor | None]:
-        """The stored states of a sample, (n, D), and the scales of its tokens, (n,), or None.
+        """The stored states of a sample, (n, D), and the scales of its groups, (n, G), or None.
 
         Raises:
             KeyError: the sample is not here.
@@ -75,15 +81,25 @@ class StateStore(ABC):
         states_nD = states_nD.detach().to("cpu")
         if self.stored_as == "model":
             return states_nD.contiguous(), None
-        scales_n = states_nD.float().abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        return (states_nD.float() / scales_n[:, None]).round().to(torch.int8), scales_n
+        groups_nGg = _in_groups(states_nD.float())
+        scales_nG = groups_nGg.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        codes_nGg = (groups_nGg / scales_nG[..., None]).round().to(torch.int8)
+        return codes_nGg.flatten(1)[:, : self.width].contiguous(), scales_nG
 
     def copy_into(self, key: Key, out_nD: Tensor) -> None:
         """Write the states of a sample into `out_nD`, on the CPU."""
         states, scales = self.find(key)
         if states.shape != out_nD.shape:
             raise PrefixCacheError(f"a sample of {len(out_nD)} tokens is stored with {len(states)}: clear the cache")
-        out_nD.copy_(states if scales is None else states * scales[:, None])
+        if scales is not None:
+            states = (_in_groups(states) * scales[..., None]).flatten(1)[:, : self.width]
+        out_nD.copy_(states)
+
+
+def _in_groups(states_nD: Tensor) -> Tensor:
+    """(n, D) as (n, G, `GROUP`), with zeros at the end."""
+    n, width = states_nD.shape
+    return functional.pad(states_nD, (0, -width % GROUP)).view(n, -1, GROUP)
 
 
 class MemoryStore(StateStore):

@@ -213,7 +213,7 @@ def test_clear_leaves_a_cache_that_is_being_filled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
-def test_eight_bits_keep_each_token_within_half_a_step_of_its_own_scale(kind: str, tmp_path: Path) -> None:
+def test_eight_bits_keep_a_number_within_half_a_step_of_its_scale(kind: str, tmp_path: Path) -> None:
     eight: StateStore = (
         store(tmp_path, stored_as="int8")
         if kind == "files"
@@ -227,6 +227,22 @@ def test_eight_bits_keep_each_token_within_half_a_step_of_its_own_scale(kind: st
         step = scaled.abs().amax(dim=-1, keepdim=True) / 127
         assert ((read(eight, key) - scaled).abs() <= 0.501 * step).all()
     assert eight.bytes_per_token == 12 < MemoryStore(width=8, dtype=torch.float32).bytes_per_token == 32
+
+
+@pytest.mark.parametrize("width", [8, 64, 70, 200])
+def test_a_huge_entry_costs_its_own_group_alone(width: int) -> None:
+    """Real models hold a few entries a thousand times the others; with one scale for a token these would be lost."""
+    eight = MemoryStore(width=width, dtype=torch.float32, stored_as="int8")
+    states = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+    states[:, 3] *= 1000
+    eight.add(bytes(16), states)
+    found = torch.empty_like(states)
+    eight.copy_into(bytes(16), found)
+    assert ((found - states).norm(dim=-1) <= eight.storage_error * states.norm(dim=-1)).all()
+    rest, off = states[:, 64:], (found - states)[:, 64:]
+    assert (off.abs() <= 0.501 / 127 * rest.abs().amax(dim=-1, keepdim=True)).all() if width > 64 else not off.numel()
+    codes, scales = eight.find(bytes(16))
+    assert scales is not None and (codes.nbytes + scales.nbytes) == 5 * eight.bytes_per_token
 
 
 def test_a_batch_is_put_together_as_it_lies() -> None:
