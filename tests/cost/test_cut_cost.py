@@ -186,6 +186,7 @@ def measured(model: Any, shape: StepShape = SHAPE) -> StepCost:
         backward_flops=backward.get_total_flops(),
         head_flops=0.0,
         saved_activation_bytes=sum(sizes.values()),
+        recomputed_bytes=0.0,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
 
