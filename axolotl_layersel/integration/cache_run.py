@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
 from axolotl_layersel.integration.cache_decision import decide_place
 from axolotl_layersel.integration.cache_install import install_cache
+from axolotl_layersel.integration.log import LOG
 from axolotl_layersel.integration.processes import Processes
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
@@ -28,7 +28,6 @@ from axolotl_layersel.prefix_cache.obstacles import find_obstacles, probe, round
 from axolotl_layersel.prefix_cache.state_files import FileStore
 from axolotl_layersel.prefix_cache.state_store import MemoryStore, PrefixCacheError, StateStore
 
-LOG = get_logger("axolotl.integrations.layersel")
 T = TypeVar("T")
 
 FILL_TOKENS = {"cuda": 16_384, "cpu": 1_024}  # in a batch without gradients, or the run's own micro batch if larger

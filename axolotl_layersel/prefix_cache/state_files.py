@@ -13,7 +13,6 @@ Nothing in a file or an index is a path, and nothing is executed: safetensors an
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 import uuid
@@ -30,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from axolotl_layersel.log import LOG
 from axolotl_layersel.prefix_cache.indexes import (
     ABOUT_FILE,
     LOCK_FILE,
@@ -40,8 +40,6 @@ from axolotl_layersel.prefix_cache.indexes import (
 )
 from axolotl_layersel.prefix_cache.samples import KEY_BYTES, Key
 from axolotl_layersel.prefix_cache.state_store import GROUP, PrefixCacheError, StateStore, StoredAs
-
-LOG = logging.getLogger("axolotl.integrations.layersel")
 
 FILE_BYTES = 256 << 20  # a file is written when it has this many bytes of states,
 FILE_SECONDS = 60.0  # or when the last one is this old: what a kill may cost

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from axolotl_layersel.log import LOG
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.report.trackers import log_measured
 from axolotl_layersel.report.wording import gigabytes
 
-LOG = logging.getLogger("axolotl.integrations.layersel")
 WARM_UP = 3  # steps, after which states of the optimizer are there and offloaded weights have left
 
 

@@ -58,7 +58,7 @@ def _columns(plan: Plan) -> dict[str, list[Bar | str]]:
     columns: dict[str, list[Bar | str]] = {}
     whole_run = per_cut(plan, "whole_run")
     if plan.scores:
-        width = 14 if whole_run is None else 10
+        width = 14 if whole_run is None else 6
         deviation, descent, low = plan.scores.deviation[1:], plan.scores.descent, plan.scores.retention_low
         columns["deviation"] = [Bar(value, of=max(deviation), width=width) for value in deviation]
         columns["descent"] = [Bar(value, of=max(descent), width=width) for value in descent]

@@ -7,7 +7,6 @@ figure. The console and the trainer's log history are left alone.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from axolotl_layersel.log import LOG
 from axolotl_layersel.plan import PLAN_FILE, Plan
 from axolotl_layersel.report.model_card import model_card_section
 from axolotl_layersel.report.wording import COSTS, shares
-
-LOG = logging.getLogger("axolotl.integrations.layersel")
 
 FIGURE, REPORT = "deviation.png", "report.html"
 CACHE = ("first_epoch", "later_epochs", "whole_run", "state_bytes", "offloaded_bytes")  # of `CacheCosts`
