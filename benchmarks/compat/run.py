@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,16 +31,16 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 from axolotl_runs import instruction_rows, make_tokenizer  # noqa: E402
+from example_stand_ins import StandIn, make_stand_in, train  # noqa: E402
 from models import CASES, EXPERTS, GEMMA_3N, NUM_LAYERS, Case  # noqa: E402
-from test_examples import StandIn, make_stand_in, train  # noqa: E402
 
 from axolotl_layersel.config.conflicts import find_conflicts  # noqa: E402
 
 SEQUENCE_LEN = 512  # Llama 3's template writes a system prompt of some 100 tokens of a tiny vocabulary
-SECONDS = 120  # for one config
+SECONDS = 900  # for one config, on a busy machine
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 # architectures of the examples that the README's table of models does not have
@@ -54,6 +55,18 @@ MORE = (
     Case("StarCoder 2", "Starcoder2", {"sliding_window": None}),
     Case("Hunyuan", "HunYuanDenseV1"),
     Case("Qwen2-MoE", "Qwen2Moe", {**EXPERTS, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 16}),
+    Case("ERNIE 4.5", "Ernie4_5"),
+    Case(
+        "Qwen3.5 (hybrid)",
+        "Qwen3_5Text",
+        {
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
     Case("LFM2", "Lfm2", {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}),
     Case("GLM-4 MoE", "Glm4Moe", {**EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
     Case(
@@ -175,13 +188,22 @@ LIST: Mapping[str, str] = {
     "seed-oss/seed-oss-36b-qlora.yaml": "Seed-OSS",
     "streaming/pretrain.yaml": "Llama 3.2 (tied)",
     "streaming/sft.yaml": "Llama 3.2 (tied)",
+    # in axolotl 0.21 alone
+    "distributed-parallel/llama3-8b-ringmaster-cp.yaml": "Llama",
+    "dft/gemma-3-1b-dft.yml": "Gemma 3 text",
+    "ernie4_5/0.3b-sft.yaml": "ERNIE 4.5",
+    "minicpm5/fft-2b.yaml": "Llama",
+    "minicpm5/lora-2b.yaml": "Llama",
+    "nebius-serverless/lora-1b.yml": "Llama 3.2 (tied)",
+    "nemotron-diffusion/lora-smoke.yaml": "Llama",
+    "qwen3.8/27b-qlora.yaml": "Qwen3.5 (hybrid)",
 }
 
 # what a stand-in replaces or leaves out: hardware, several devices, other plugins' options, services, saving, and
 # what names the real model and its tokenizer
 LEFT_OUT = re.compile(
     r"fsdp|deepspeed|attn_implementation|flash_|xformers|flex_|fused_attn|liger_|cut_cross|torch_compile|tiled_mlp|qat$"
-    r"|\w*parallel_size$|dp_|expert_parallel|use_(kernels|scattermoe|sonicmoe|otel)|quantize_moe|experts_impl|otel_"
+    r"|\w*parallel_size$|dp_|(context|expert)_parallel|use_(kernels|scattermoe|sonicmoe|otel)|quantize_moe|experts_impl|otel_"
     r"|wandb|swanlab|use_swanlab|hub_|bfloat16|fp16|float16|fp8|device_map|activation_offloading|model_type"
     r"|tokenizer_|trust_remote|revision|is_llama|evals_per|eval_|evaluation_|early_stopping|saves_per|save_|val_set"
     r"|test_datasets|resume|auto_resume|warmup|batch_size|unfrozen_parameters|model_config|experimental_|low_cpu|hf_use"
@@ -401,51 +423,79 @@ def run_config(config: dict[str, Any], architecture: str, folder: Path) -> dict[
     return entry
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The README's counts and list."""
-    count = Counter(entry["result"] for entry in results.values())
-    kinds = {entry["architecture"] for entry in results.values()}
-    as_is = sum(not entry["as_it_is"] for entry in results.values())
-    lines = [
-        f"{len(results)} of the {len(LIST)} configs in `LIST` were run, on {len(kinds)} architectures.",
+def read_results() -> dict[str, dict[str, dict[str, Any]]]:
+    """The results of every version of axolotl that was run: version -> config -> entry, in the order of `LIST`."""
+    found = {}
+    for path in sorted(HERE.glob("results-*.json")):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        found[path.stem.removeprefix("results-")] = {name: entries[name] for name in LIST if name in entries}
+    return found
+
+
+def outcome(entry: Mapping[str, Any] | None) -> str:
+    """One cell of the README's list."""
+    if entry is None:
+        return "not there"
+    if entry["result"] == "trained":
+        return f"trained, cut {entry['first_trainable']} of {NUM_LAYERS}"
+    if entry["result"] == "refused" and entry["as_it_is"]:
+        return "refused"
+    reason = entry["reason"].splitlines()[0]
+    return f"{entry['result']}: {first_sentence(reason) if entry['result'] == 'refused' else reason[:200]}"
+
+
+def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The README's counts and list: one column of outcomes for each version of axolotl."""
+    lines = ["| axolotl | configs | architectures | as they are | stand-ins |", "|---|---|---|---|---|"]
+    for number, entries in results.items():
+        count = Counter(entry["result"] for entry in entries.values())
+        kinds = {entry["architecture"] for entry in entries.values()}
+        as_is = sum(not entry["as_it_is"] for entry in entries.values())
+        lines.append(
+            f"| {number} | {len(entries)} | {len(kinds)} | {as_is} accepted, {len(entries) - as_is} refused "
+            f"| {count['trained']} trained, {count['refused']} refused, {count['error']} errors |"
+        )
+    lines += [
         "",
-        "| | accepted | refused |",
-        "|---|---|---|",
-        f"| as it is | {as_is} | {len(results) - as_is} |",
-        "",
-        "| | trained | refused | error |",
-        "|---|---|---|---|",
-        f"| stand-in | {count['trained']} | {count['refused']} | {count['error']} |",
-        "",
-        "| config | architecture | mode | as it is | stand-in |",
-        "|---|---|---|---|---|",
+        f"| config | architecture | mode | as it is | {' | '.join(results)} |",
+        "|---" * (4 + len(results)) + "|",
     ]
-    for name, entry in results.items():
-        said = "refused: " + "; ".join(entry["as_it_is"]) if entry["as_it_is"] else "accepted"
-        if entry["result"] == "trained":
-            came = f"trained, cut {entry['first_trainable']} of {NUM_LAYERS}"
-        elif entry["result"] == "refused" and entry["as_it_is"]:
-            came = "refused"
-        else:
-            reason = entry["reason"].splitlines()[0]
-            came = f"{entry['result']}: {first_sentence(reason) if entry['result'] == 'refused' else reason[:200]}"
-        cells = (f"`{name}`", entry["architecture"], entry["mode"], said, came)
+    for name in LIST:
+        entries = {number: found[name] for number, found in results.items() if name in found}
+        if not entries:
+            continue
+        newest = list(entries.values())[-1]
+        answers = ["refused: " + "; ".join(e["as_it_is"]) if e["as_it_is"] else "accepted" for e in entries.values()]
+        said = (
+            answers[0]
+            if len(set(answers)) == 1
+            else "; ".join(f"{v} {a}" for v, a in zip(entries, answers, strict=True))
+        )
+        outcomes = [outcome(entries.get(number)) for number in results]
+        cells = (f"`{name}`", newest["architecture"], newest["mode"], said, *outcomes)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
+def example(checkout: Path, name: str) -> Path | None:
+    """Where the checkout has the config: axolotl moves old ones into `archived`; None if it is not there."""
+    places = (checkout / "examples" / name, checkout / "examples" / "archived" / name)
+    return next((path for path in places if path.exists()), None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--axolotl", type=Path, required=True, help="checkout of axolotl's repository")
+    parser.add_argument("--axolotl", type=Path, required=True, help="checkout or source distribution of axolotl")
     parser.add_argument("--only", nargs="*", default=[], help="part of a config's name; those entries are run again")
-    parser.add_argument("--table", action="store_true", help="run nothing, write the table of results.json to README")
-    parser.add_argument("--missing", action="store_true", help="run those that results.json lacks")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the README's table from the results")
+    parser.add_argument("--missing", action="store_true", help="run those that the results lack")
     args = parser.parse_args()
-    output = HERE / "results.json"
-    keep = args.only or args.table or args.missing
+    output = HERE / f"results-{'.'.join(version('axolotl').split('.')[:2])}.json"
+    keep = output.exists() and (args.only or args.table or args.missing)
     results: dict[str, Any] = json.loads(output.read_text(encoding="utf-8")) if keep else {}
-    texts = {name: (args.axolotl / "examples" / name).read_text(encoding="utf-8") for name in LIST}
-    names = [n for n in LIST if not args.table and (not args.only or any(part in n for part in args.only))]
+    paths = {name: path for name in LIST if (path := example(args.axolotl, name))}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    names = [n for n in texts if not args.table and (not args.only or any(part in n for part in args.only))]
     names = [n for n in names if not args.missing or n not in results]
     names.sort(key=lambda n: "sample_packing: true" in texts[n])  # axolotl patches transformers for those
     root = Path(tempfile.mkdtemp(prefix="compat-"))
@@ -455,8 +505,8 @@ def main() -> None:
         results[name] = run_config(yaml.safe_load(texts[name]), LIST[name], folder)
         shutil.rmtree(folder)
         gc.collect()
-        outcome = {key: results[name].get(key) for key in ("result", "reason", "seconds")}
-        print("COMPAT", name, json.dumps(outcome), flush=True)
+        shown = {key: results[name].get(key) for key in ("result", "reason", "seconds")}
+        print("COMPAT", name, json.dumps(shown), flush=True)
         ordered = {key: results[key] for key in LIST if key in results}
         output.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(root)
@@ -464,8 +514,7 @@ def main() -> None:
     if readme.exists():
         before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
-        made = f"{before}{BEGIN}\n{table({k: results[k] for k in LIST if k in results})}\n{END}{after}"
-        readme.write_text(made, encoding="utf-8")
+        readme.write_text(f"{before}{BEGIN}\n{table(read_results())}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":  # not as a script: axolotl saves data from a spawned process, which imports that again
