@@ -47,7 +47,7 @@ def adapted_modules(model: nn.Module, stock: LoraConfig) -> Adapters:
     modules = tuple(name for name in named if check_target_module_exists(config, name))
     targets = config.target_parameters or ()
     parameters = [n for n in _parameter_names(model) if any(n == t or n.endswith(f".{t}") for t in targets)]
-    return Adapters(stock, config, modules, tuple(parameters))
+    return Adapters(copy.deepcopy(stock), config, modules, tuple(parameters))  # PEFT changes the one that it wraps with
 
 
 def _parameter_names(model: nn.Module) -> list[str]:

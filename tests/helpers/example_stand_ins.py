@@ -165,7 +165,12 @@ def stand_in_config(config: dict[str, Any], model: Path, data: Path, folder: Pat
     elif block.get("plan") is not None:
         from axolotl_layersel.plan import Plan
 
-        plan = Plan(str(model), config.get("adapter"), num_layers=NUM_LAYERS, first_trainable=NUM_LAYERS // 2)
+        plan = Plan(
+            base_model=str(model),
+            adapter=config.get("adapter"),
+            num_layers=NUM_LAYERS,
+            first_trainable=NUM_LAYERS // 2,
+        )
         block["plan"] = str(folder / "plan.json")
         Path(block["plan"]).write_text(plan.to_json(), encoding="utf-8")
     else:

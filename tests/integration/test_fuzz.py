@@ -21,6 +21,7 @@ from axolotl_layersel.config.conflicts import find_conflicts, find_notes
 from axolotl_layersel.config.options import LayerSelArgs, LayerSelOptions
 from axolotl_layersel.method.calibration import CalibrationError, draw_rows
 from axolotl_layersel.method.score_layers import score_layers
+from axolotl_layersel.model.adapted_modules import adapted_modules
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.parameter_names import layer_of
 from axolotl_layersel.plan import Plan
@@ -127,7 +128,8 @@ def trained_layers(adapter: str | None, first_trainable: int) -> list[int | None
     stop_backward(model, layers=stack.layers, first_trainable=first_trainable)
     if adapter:
         stock = LoraConfig(r=2, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
-        updates = adapter_updates(model, stack, first_trainable=first_trainable, stock=stock, named=PROJECTIONS)
+        adapters = adapted_modules(model, stock)
+        updates = adapter_updates(model, stack, first_trainable=first_trainable, adapters=adapters, named=PROJECTIONS)
         stock.target_modules = set(updates.get("lora_target_modules", PROJECTIONS))
         stock.layers_to_transform = updates["peft_layers_to_transform"]
         stock.layers_pattern = updates.get("peft_layers_pattern")
