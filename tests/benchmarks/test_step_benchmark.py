@@ -13,6 +13,8 @@ import pytest
 from axolotl_runs import environment
 from transformers import LlamaConfig
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
 
 

@@ -13,6 +13,8 @@ import pytest
 from axolotl_runs import environment
 from example_stand_ins import NUM_LAYERS, RERUN, STAND_INS, examples
 
+pytestmark = pytest.mark.slow
+
 HEADER = ("Prerequisite:", "Command:", "Time:", "Output:")
 
 

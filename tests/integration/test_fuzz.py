@@ -80,6 +80,7 @@ ROWS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(block=OPTIONS, rows=ROWS, seed=st.integers(0, 2**31), adapter=st.sampled_from(["lora", None]))
 def test_a_block_and_a_data_set_end_in_a_trained_plan_or_in_one_paragraph(

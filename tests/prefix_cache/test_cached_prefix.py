@@ -412,6 +412,7 @@ def test_states_are_what_layer_k_is_given() -> None:
     assert torch.equal(compute_states(stack, first_trainable=CUT, inputs=inputs), seen[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_model_trains_on_cached_states(checkpointing: bool) -> None:
     model, data = lora(tiny_llama(use_cache=False)), rows()

@@ -27,6 +27,8 @@ from axolotl_turns import train_in_turn
 from axolotl_layersel.config.prefix_cache import cache_conflicts
 from axolotl_layersel.prefix_cache.folders import list_caches
 
+pytestmark = pytest.mark.slow
+
 CUT = 3
 
 

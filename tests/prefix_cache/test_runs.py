@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from axolotl_layersel.plan import read_plan
 
+pytestmark = pytest.mark.slow
+
 CUT = 3
 MODES: dict[str, dict[str, Any]] = {
     "lora": {"val_set_size": 0.2, "eval_strategy": "epoch", "gradient_checkpointing": False},

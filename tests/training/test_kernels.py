@@ -295,6 +295,7 @@ def run(folder: Path, inputs: dict[str, Path], **overrides: Any) -> Run:
     return Run(plan_of(folder / "out"), losses, load_file(folder / "out" / file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("common", "feature"),
     [
