@@ -1,6 +1,7 @@
 """Who may import whom: one table. `integration` alone knows axolotl, and no arrow runs back."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a subpackage, or a module at the top -> w
 KNOW_AXOLOTL = {"integration", "_startup"}  # the alias wraps axolotl's loader, without importing it
 
 
+@functools.cache
 def _modules() -> dict[Path, ast.Module]:
     return {
         path.relative_to(PACKAGE): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))
