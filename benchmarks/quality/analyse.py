@@ -11,16 +11,19 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from curves import Curve, read
+from curves import Array, Curve, read
 from judge import by_retention, fitted, laws_of, left_out, measured_at, task_errors
 from laws import chosen_cut, errors, exponent, leave_out, lower_end, pooled_exponent, shapes
 from scipy.stats import spearmanr
 
 HERE = Path(__file__).parent
 COVERAGES = (0.90, 0.95, 0.98)
+KEPT_BY = (
+    "kept, mean", "least", "step cost", "fixed cut at that cost keeps (mean, least)",
+    "rank correlation with the measured cut",
+)  # fmt: skip
 
 
 def table(title: str, header: list[str], rows: list[list[object]]) -> None:
@@ -152,6 +155,22 @@ def show_pilot_laws(curves: list[Curve]) -> None:
     )  # fmt: skip
 
 
+def kept_by(found: list[tuple[Curve, Array]], coverage: float) -> tuple[list[int], list[object]]:
+    """The cuts that retentions choose, and cells: what they keep, and what a fixed cut at the same cost keeps.
+
+    Args:
+        found: a measured curve and the (L,) retention that can be relied on for it, lower end of a band or not.
+    """
+    cuts = [chosen_cut(retention_L, coverage) for _, retention_L in found]
+    kept = [measured_at(c.retention(), cut) for (c, _), cut in zip(found, cuts, strict=True)]
+    fixed = float(np.mean(cuts))
+    same = [measured_at(c.retention(), fixed) for c, _ in found]
+    own = [float(np.interp(-coverage, *by_retention(c.retention()))) for c, _ in found]
+    rho = spearmanr(cuts, own)[0] if len(set(cuts)) > 1 else float("nan")
+    step = 1 - fixed / found[0][0].layers / 2
+    return cuts, [float(np.mean(kept)), min(kept), step, f"{np.mean(same):.3f}, {min(same):.3f}", f"{rho:.2f}"]
+
+
 def show_choices(curves: list[Curve]) -> None:
     """What a coverage keeps when it is chosen by a law and the end of its band, and a fixed cut at the same cost."""
     ready = [c for c in curves if "rows" in c.signals and len(c.retention()) > 2]
@@ -160,41 +179,34 @@ def show_choices(curves: list[Curve]) -> None:
         found = left_out(ready, laws_of(ready)[name])
         for z in (0.0, 1.0, 1.645) if found else ():
             for coverage in COVERAGES:
-                cuts = [chosen_cut(lower_end(curve, spread, z), coverage) for _, curve, spread in found]
-                kept = [measured_at(c.retention(), cut) for (c, _, _), cut in zip(found, cuts, strict=True)]
-                fixed = float(np.mean(cuts))
-                same = [measured_at(c.retention(), fixed) for c, _, _ in found]
-                own = [float(np.interp(-coverage, *by_retention(c.retention()))) for c, _, _ in found]
-                rho = spearmanr(cuts, own)[0] if len(set(cuts)) > 1 else float("nan")
-                rows.append([
-                    name, coverage, z, ", ".join(f"{c.task} {k}" for (c, _, _), k in zip(found, cuts, strict=True)),
-                    float(np.mean(kept)), min(kept), 1 - fixed / found[0][0].layers / 2,
-                    f"{np.mean(same):.3f}, {min(same):.3f}", f"{rho:.2f}",
-                ])  # fmt: skip
+                low = [(c, lower_end(curve, spread, z)) for c, curve, spread in found]
+                cuts, cells = kept_by(low, coverage)
+                chosen = ", ".join(f"{c.task} {k}" for (c, _), k in zip(low, cuts, strict=True))
+                rows.append([name, coverage, z, chosen, *cells])
     table(
         "Coverage kept: cut chosen by the band's lower end (z standard deviations), law of the other tasks",
-        ["law", "coverage", "z", "cuts", "kept, mean", "least", "step cost",
-         "fixed cut at that cost keeps (mean, least)", "rank correlation with the measured cut"], rows,
+        ["law", "coverage", "z", "cuts", *KEPT_BY], rows,
     )  # fmt: skip
 
 
 def show_plugin(curves: list[Curve]) -> None:
     """What the plugin said before runs of some lengths, as it stood when it ran, against what was measured."""
-    by_length: dict[tuple[str, int], list[tuple[Curve, dict[str, Any]]]] = {}
+    by_length: dict[tuple[str, int], list[tuple[Curve, Array]]] = {}
     rows: list[list[object]] = []
     for c in curves:
         kept = {k: r for k, r in c.retention().items() if k}
         for run in (run for run in c.runs if run["kind"] == "choice" and len(kept) > 1):
             pilot = run["scores"]["pilot"]["pilot"]
             for name, scores in run["scores"].items():
-                by_length.setdefault((name, run["steps"]), []).append((c, scores))
+                low_L = np.array(scores["retention_low"])
+                by_length.setdefault((name, run["steps"]), []).append((c, low_L))
                 missed = np.array([scores["retention"][k] - r for k, r in kept.items()])
                 inside = [scores["retention_low"][k] <= r <= scores["retention_high"][k] for k, r in kept.items()]
                 rows.append([
                     c.task, run["seed"], run["steps"], pilot["steps"] if name == "pilot" else "none",
                     pilot["cost_share"] if name == "pilot" else 0.0, run["cpu_seconds"][name],
                     float(np.abs(missed).mean()), f"{missed.mean():+.3f}", f"{sum(inside)} of {len(inside)}",
-                    *(next(k for k in reversed(range(c.layers)) if scores["retention_low"][k] >= x) for x in COVERAGES),
+                    *(chosen_cut(low_L, coverage) for coverage in COVERAGES),
                 ])  # fmt: skip
     table(
         "What the plugin says before a run, against what was measured",
@@ -204,20 +216,10 @@ def show_plugin(curves: list[Curve]) -> None:
     rows = []
     for (name, steps), found in sorted(by_length.items()):
         for coverage in COVERAGES:
-            cuts = [chosen_cut(np.array(scores["retention_low"]), coverage) for _, scores in found]
-            kept_there = [measured_at(c.retention(), cut) for (c, _), cut in zip(found, cuts, strict=True)]
-            fixed = float(np.mean(cuts))
-            same = [measured_at(c.retention(), fixed) for c, _ in found]
-            own = [float(np.interp(-coverage, *by_retention(c.retention()))) for c, _ in found]
-            rho = spearmanr(cuts, own)[0] if len(set(cuts)) > 1 else float("nan")
-            rows.append([
-                name, steps, coverage, len(found), float(np.mean(kept_there)), min(kept_there),
-                1 - fixed / found[0][0].layers / 2, f"{np.mean(same):.3f}, {min(same):.3f}", f"{rho:.2f}",
-            ])  # fmt: skip
+            rows.append([name, steps, coverage, len(found), *kept_by(found, coverage)[1]])
     table(
         "Coverage kept by the plugin's choice",
-        ["law", "steps of the run", "coverage", "choices", "kept, mean", "least", "step cost",
-         "fixed cut at that cost keeps (mean, least)", "rank correlation with the measured cut"], rows,
+        ["law", "steps of the run", "coverage", "choices", *KEPT_BY], rows,
     )  # fmt: skip
 
 
