@@ -72,10 +72,9 @@ def decide_place(
     if prediction is None or not train:
         return Decided(place, why, need, None)
     whole_run = need.whole_run(on_disk=place == "disk")
-    first = need.step - need.frozen_forward * (1 - need.missing_tokens / max(need.tokens, 1))
     why += (
-        f"; predicted work to training all layers: {first:.2f} in the first epoch with filling, "
-        f"{need.step - need.frozen_forward:.2f} in later ones, {whole_run:.2f} over the whole run, "
+        f"; predicted work to training all layers: {need.first_epoch:.2f} in the first epoch with filling, "
+        f"{need.later_epochs:.2f} in later ones, {whole_run:.2f} over the whole run, "
         f"{need.step:.2f} without a cache"
     )
     return Decided(place, why, need, whole_run)

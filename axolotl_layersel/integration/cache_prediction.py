@@ -16,7 +16,7 @@ from axolotl_layersel.cost.peak_memory import offloaded_bytes
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.plan_parts import CacheCosts, Prediction
-from axolotl_layersel.prefix_cache.decision import WORTH_IT, Need
+from axolotl_layersel.prefix_cache.decision import Need
 from axolotl_layersel.prefix_cache.state_store import eight_bit_bytes
 
 
@@ -54,15 +54,13 @@ def with_cache(
         )
         for cost in costs
     ]
-    runs = [need.whole_run() for need in needs]
-    if asked == "auto":
-        paid = [run <= (1 - WORTH_IT) * cost.step for run, cost in zip(runs, costs, strict=True)]
-        runs = [run if pays else cost.step for run, pays, cost in zip(runs, paid, costs, strict=True)]
-        if not any(paid):
-            return prediction
+    used = [asked != "auto" or need.pays() for need in needs]
+    if not any(used):
+        return prediction
+    runs = [need.whole_run() if cached else need.step for need, cached in zip(needs, used, strict=True)]
     prediction = dataclasses.replace(prediction, per_cut=dataclasses.replace(prediction.per_cut, whole_run=runs))
     own = needs[first_trainable]
-    if first_trainable == 0 or (asked == "auto" and not paid[first_trainable]):
+    if first_trainable == 0 or not used[first_trainable]:
         return prediction
     known = [count for count in counts if count is not None]
     return dataclasses.replace(
@@ -70,8 +68,8 @@ def with_cache(
         cache=CacheCosts(
             asked=asked,
             epochs=epochs,
-            first_epoch=own.step,  # the frozen layers run forward once, as they do without a cache
-            later_epochs=own.step - own.frozen_forward,
+            first_epoch=own.first_epoch,
+            later_epochs=own.later_epochs,
             whole_run=runs[first_trainable],
             bytes_per_token=own.bytes_per_token,
             tokens=sum(known) if known and len(known) == len(counts) else None,

@@ -33,6 +33,20 @@ class Need:
         """Of those that the disk does not hold yet."""
         return self.missing_tokens * self.bytes_per_token
 
+    @property
+    def first_epoch(self) -> float:
+        """Its work, filling included, as a ratio to training all layers."""
+        return self.step - self.frozen_forward * (1 - self.missing_tokens / max(self.tokens, 1))
+
+    @property
+    def later_epochs(self) -> float:
+        """The work of each."""
+        return self.step - self.frozen_forward
+
+    def pays(self, *, on_disk: bool = True) -> bool:
+        """Whether enough of the run is saved to be worth the room."""
+        return self.step - self.whole_run(on_disk=on_disk) >= WORTH_IT * self.step
+
     def whole_run(self, *, on_disk: bool = True) -> float:
         """The run's work with the cache, filling included, as a ratio to training all layers without one."""
         computed = self.missing_tokens if on_disk else self.tokens
@@ -69,15 +83,15 @@ def choose(choice: Choice, need: Need, room: Room) -> tuple[Literal["ram", "disk
         raise PrefixCacheError(_too_much(need.missing_bytes, "disk", room.free_disk, room.limit))
     if choice != "auto":
         return choice, "asked for"
-    saved = need.step - need.whole_run()
-    if saved < WORTH_IT * need.step:
+    if not need.pays():
+        saved = need.step - need.whole_run()
         raise PrefixCacheError(
             f"{need.epochs:.2g} epochs and {need.missing_tokens} of {need.tokens} tokens to compute first: it would "
             f"save {max(saved, 0) / need.step:.3f} of the run, less than {WORTH_IT}"
         )
     if disk_fits:
         return "disk", "it pays and there is room"
-    if memory_fits and room.processes == 1 and need.step - need.whole_run(on_disk=False) >= WORTH_IT * need.step:
+    if memory_fits and room.processes == 1 and need.pays(on_disk=False):
         return "ram", "it pays, and there is room in memory alone"
     raise PrefixCacheError(_too_much(need.missing_bytes, "disk", room.free_disk, room.limit))
 
