@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,9 +36,11 @@ from axolotl_layersel.method.retention import (
     unlike_the_known,
 )
 from axolotl_layersel.method.scoring_pass import Progress, measure
+from axolotl_layersel.method.streamed_pass import measure_streamed
 from axolotl_layersel.method.transition import RowStatistics
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.latent_states import left_as_found
+from axolotl_layersel.model.layer_by_layer import LayerByLayer
 from axolotl_layersel.plan_parts import Pilot, Scores
 
 Array = NDArray[np.float64]
@@ -66,6 +69,7 @@ def score_layers(
     seed: int = 42,
     batch_tokens: int = 4096,
     autocast: torch.dtype | None = None,
+    layer_by_layer: LayerByLayer | None = None,
     share: tuple[int, int] = (0, 1),
     together: Together = lambda work: [work()],
     main_only: Callable[[Callable[[], Pilot | str]], Pilot | str] = lambda work: work(),
@@ -74,13 +78,15 @@ def score_layers(
     """Score every decoder layer on `rows` and choose the suffix to train.
 
     Args:
-        model: a causal language model as transformers loads it, quantised or not, on the device to run on.
+        model: a causal language model as transformers loads it, quantised or not, on the device to run on, or
+            wherever `layer_by_layer` finds it.
         rows: the calibration sample, the same on every process.
         deviation, policy, coverage, budget, min_layers: see `options.LayerSelOptions`.
         pilot: what a pilot needs to know of the run; None: the forward pass alone has to do.
         seed: of the bootstrap and the pilot.
         batch_tokens: padded tokens in one forward pass.
         autocast: the trainer's autocast dtype, None for full precision.
+        layer_by_layer: how to run a model that does not fit the device; None: in whole forward passes.
         share: (rank, world size); this process runs rows rank, rank + world size, ...
         together: does the measuring on all processes and collects what they measured, or the error of one.
         main_only: does the pilot on one process and gives its result to all.
@@ -92,9 +98,11 @@ def score_layers(
     stack = find_stack(model)
     selection.most_layers(budget, num_layers=stack.num_layers, min_layers=min_layers)
     mine = range(share[0], len(rows), share[1])
-    with left_as_found(model, autocast=autocast):
+    measured = measure if layer_by_layer is None else partial(measure_streamed, way=layer_by_layer)
+    device = layer_by_layer.device if layer_by_layer else None
+    with left_as_found(model, autocast=autocast, device=device):
         parts = together(
-            lambda: measure(
+            lambda: measured(
                 model,
                 stack,
                 rows,
@@ -112,6 +120,8 @@ def score_layers(
     def piloted() -> Pilot | str:
         if pilot is None:
             return "no pilot was asked for"
+        if layer_by_layer is not None:
+            return "a pilot trains all layers at once, and this model runs one layer at a time"
         try:
             return run_pilot(
                 model, stack, rows, settings=pilot, seed=seed, batch_tokens=batch_tokens, autocast=autocast

@@ -151,6 +151,17 @@ class TransitionMeter:
         if self._transitions:
             self._before_ND = states_ND
 
+    def to(self, device: torch.device) -> None:
+        """Move what is kept of the scored tokens: their bases, and their last state where moves are measured."""
+        self._bases_ND = self._bases_ND.to(device, non_blocking=device.type != "cpu")
+        if self._before_ND is not None:
+            self._before_ND = self._before_ND.to(device, non_blocking=device.type != "cpu")
+
+    @property
+    def nbytes(self) -> int:
+        """Of what `to` moves."""
+        return self._bases_ND.nbytes * (2 if self._transitions else 1)
+
     def _sum(self, values_N: Tensor) -> Tensor:
         # Reduced on the CPU: atomics on a GPU would add in a new order in every run.
         sums = torch.zeros(self._num_rows, dtype=torch.float64)

@@ -22,15 +22,18 @@ StateReader = Callable[[int, Tensor], None]  # (state index 0..L, hidden states 
 
 
 @contextmanager
-def left_as_found(model: nn.Module, *, autocast: torch.dtype | None = None) -> Iterator[None]:
+def left_as_found(
+    model: nn.Module, *, autocast: torch.dtype | None = None, device: torch.device | None = None
+) -> Iterator[None]:
     """Evaluate without gradients, under the precision of the run; restore mode and random state, also on error.
 
     Args:
         model: its modules' training flags are restored one by one.
         autocast: the trainer's autocast dtype, or None for full precision.
+        device: that computes; None: the one that the model is on.
     """
     modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     python_state, numpy_state = random.getstate(), np.random.get_state()
     precision = torch.autocast(device.type, dtype=autocast) if autocast is not None else nullcontext()
     try:

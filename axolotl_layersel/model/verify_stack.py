@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from axolotl_layersel.model.decoder_stack import DecoderStack, StackError, first_tensor, given_state
 
 
-def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> None:
+def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> Tensor:
     """Check on one batch that the model computes what `stack` says; gradients are not needed.
 
     The input of layer i+1 must be the output of layer i, the input of the final norm the output of the last layer,
@@ -26,6 +26,9 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> 
     Args:
         model: in eval mode, under the precision that it will be scored in.
         input_ids: (B, T) int64, without padding.
+
+    Returns:
+        The output of the last layer, (B, T, D).
 
     Raises:
         StackError: with the first check that failed and what the model did instead.
@@ -78,6 +81,7 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> 
     with torch.no_grad():
         ours_BTV = stack.head(whole["normed"]).float()
     _check_monotone(ours_BTV.flatten(0, 1), logits.float().flatten(0, 1), type(model).__name__, stack)
+    return seen["state"]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

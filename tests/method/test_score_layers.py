@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from axolotl_layersel.method import scoring_pass
+from axolotl_layersel.method import batch_reader
 from axolotl_layersel.method.calibration import Row
 from axolotl_layersel.method.retention import forward_exponent, forward_law, unlike_the_known
 from axolotl_layersel.method.score_layers import score_layers
@@ -112,7 +112,7 @@ def test_no_copy_of_the_unembedding_and_no_logits_of_all_tokens_are_made(
     monkeypatch: pytest.MonkeyPatch, deviation: str
 ) -> None:
     """In float32 both would take gigabytes where the vocabulary has 128,000 entries."""
-    monkeypatch.setattr(scoring_pass, "_LOGITS", 2**18)
+    monkeypatch.setattr(batch_reader, "_LOGITS", 2**18)
     vocabulary, hidden, tokens = 20_011, 64, 64
     model = tiny_llama(num_layers=2, vocab_size=vocabulary, hidden_size=hidden, max_position_embeddings=128).bfloat16()
     rows = [Row((1, 2, 3), (-100, 2, 3)), Row(tuple(range(1, tokens + 1)), tuple(range(1, tokens + 1)))]
