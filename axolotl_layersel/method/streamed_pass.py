@@ -15,7 +15,7 @@ from axolotl_layersel.method.transition import RowStatistics
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.layer_by_layer import LayerByLayer, run_layers
 from axolotl_layersel.model.memory import TooLargeError
-from axolotl_layersel.model.verify_layers import prove_layers, read_out_here
+from axolotl_layersel.model.verify_layers import Proof, read_out_here
 
 
 def measure_streamed(
@@ -47,18 +47,18 @@ def measure_streamed(
     way = dataclasses.replace(way, passed=lambda share: progress(int(share * len(indices)), int(share * tokens)))
     parts = [RowStatistics.empty(stack.num_layers)]
     with read_out_here(stack, way.device):
-        some = torch.tensor([rows[0].input_ids[:64]])
-        as_tuple = prove_layers(model, stack, input_ids=some, way=way)
+        proof = Proof(model, stack, input_ids=torch.tensor([rows[0].input_ids[:64]]), way=way)
         read_out = ReadOut.of(stack, deviation=deviation, transitions=transitions)
 
-        def enter(batch: Batch) -> BatchReader:
-            return BatchReader(read_out, batch.to(way.device))
+        def enter(batch: Batch | Proof) -> BatchReader | Proof:
+            return batch if isinstance(batch, Proof) else BatchReader(read_out, batch.to(way.device))
 
-        drawn = list(batches(rows, indices, batch_tokens=batch_tokens))
+        drawn: list[Batch | Proof] = [proof, *batches(rows, indices, batch_tokens=batch_tokens)]
         try:
-            for _, reader in run_layers(stack, drawn, way=way, enter=enter, as_tuple=as_tuple):
-                parts.append(reader.finish())
-                check_finite(parts[-1], model, rows)
+            for _, reader in run_layers(stack, drawn, way=way, enter=enter, as_tuple=proof.as_tuple):
+                if isinstance(reader, BatchReader):
+                    parts.append(reader.finish())
+                    check_finite(parts[-1], model, rows)
         except TooLargeError as error:
             raise row_too_long(error, way.device) from error
     return RowStatistics.merge(parts)

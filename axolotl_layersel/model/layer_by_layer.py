@@ -9,24 +9,25 @@ the batches wait on the device as long as all of them together are smaller than 
 Where they are more than may be kept, batches go through the layers in groups, and layers come once for each group.
 
 A decoder layer that takes more from the layer before it than the hidden state cannot be run like this:
-`verify_layers.py` runs one batch both ways and compares.
+`verify_layers.py` sends one batch along that was run in a whole forward pass before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from axolotl_layersel.log import LOG
 from axolotl_layersel.model.decoder_stack import DecoderStack, given_state, unwrap
 from axolotl_layersel.model.memory import TooLargeError, out_of_memory
 from axolotl_layersel.model.passing_batch import STATE, B, Passing, R, Rows
 from axolotl_layersel.model.replaced_forward import replaced_forward
+from axolotl_layersel.model.weights_ahead import weights_in_turn
 from axolotl_layersel.model.weights_here import weights_here, whole_bytes
 
 
@@ -40,6 +41,7 @@ class LayerByLayer:
 
     device: torch.device  # that computes
     keep_bytes: int  # most that waits between two layers, on this process; one batch always may
+    ahead: bool = True  # bring the next layer while one computes, so that two are there
     anyone: Callable[[bool], bool] = lambda mine: mine
     passed: Callable[[float], None] = lambda share: None  # told after each layer what share of the work is done
 
@@ -53,7 +55,7 @@ def run_layers(
         stack: what is neither in its layers nor in its embeddings is on the device.
         batches: on any device.
         enter: makes the reader of a batch, on the device that computes.
-        as_tuple: this model's layers return a tuple, the hidden state first; `prove_layers` says so.
+        as_tuple: this model's layers return a tuple, the hidden state first; `verify_layers.py` finds out.
 
     Yields:
         Each batch with its reader when its group has passed all layers. Where memory ran out on some process, all have
@@ -147,17 +149,28 @@ def _through_all(
     passed: Callable[[int], None],
 ) -> bool:
     """Let a group pass all layers; False where memory ran out on some process."""
-    for index, layer in enumerate(stack.layers):
-        if way.anyone(ran_out):
-            return False
-        with weights_here([layer], way.device):
+    with closing(_in_turn(stack.layers, way)) as turns:
+        for index in range(stack.num_layers):
+            if way.anyone(ran_out):
+                return False
+            layer = next(turns)
             for one in group:
                 with _noting_lack(one.batch) as lack:
                     one.through(index, layer, way.device)
                 if ran_out := lack.memory:
                     break
-        passed(index + 1)
+            passed(index + 1)
     return not way.anyone(ran_out)
+
+
+def _in_turn(layers: Sequence[nn.Module], way: LayerByLayer) -> Generator[nn.Module, None, None]:
+    """The layers, each with its weights on the device until the next one is asked for."""
+    if way.ahead:
+        yield from weights_in_turn(layers, way.device)
+        return
+    for layer in layers:
+        with weights_here([layer], way.device):
+            yield layer
 
 
 @dataclass

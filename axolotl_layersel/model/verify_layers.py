@@ -4,37 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from axolotl_layersel.model.decoder_stack import DecoderStack, StackError
-from axolotl_layersel.model.layer_by_layer import LayerByLayer, run_layers
+from axolotl_layersel.model.layer_by_layer import LayerByLayer
 from axolotl_layersel.model.verify_stack import prove_stack
 from axolotl_layersel.model.weights_here import weights_here, weights_on_demand
-
-
-@dataclass(frozen=True)
-class _OneBatch:
-    input_ids: Tensor
-    attention_mask: None = None
-
-    def halves(self) -> list[_OneBatch]:
-        return [self]
-
-
-class _LastState:
-    """Reads the output of the last layer."""
-
-    nbytes = 0
-    state_BTD: Tensor
-
-    def read(self, _state: int, hidden_BTD: Tensor) -> None:
-        self.state_BTD = hidden_BTD
-
-    def to(self, _device: torch.device) -> None:
-        pass
 
 
 @contextmanager
@@ -49,39 +27,58 @@ def read_out_here(stack: DecoderStack, device: torch.device) -> Iterator[None]:
         yield
 
 
-def prove_layers(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor, way: LayerByLayer) -> bool:
-    """Check on one batch that the stack is what it seems, and that layers run one by one give the same last state.
+class Proof:
+    """One batch that passes the model as a whole, and then, with the batches to be scored, layer by layer.
 
-    Within `read_out_here`. Every weight comes to the device three times.
+    A batch and its own reader, for `run_layers`. Within `read_out_here`.
 
     Args:
         model: in eval mode, under the precision that it will be scored in.
-        input_ids: (B, T) int64, without padding; the same on all processes.
-
-    Returns:
-        Whether the layers of this model return a tuple.
+        stack: found in it; checked here, every weight comes to the device once for it.
+        input_ids: (1, T) int64; the same on all processes.
 
     Raises:
-        StackError: a check failed.
+        StackError: the model computes something else than the stack says.
     """
-    forms: list[bool] = []
-    on_demand = [*stack.layers, *([] if stack.tied else [stack.embeddings])]
-    note = stack.layers[0].register_forward_hook(lambda _m, _a, output: forms.append(not isinstance(output, Tensor)))
-    try:
-        with weights_on_demand(on_demand, way.device, before=lambda: way.anyone(False)):
-            whole_BTD = prove_stack(model, stack, input_ids=input_ids.to(way.device))
-    finally:
-        note.remove()
-    quiet = LayerByLayer(way.device, way.keep_bytes, anyone=way.anyone)
-    ((_, reader),) = run_layers(
-        stack, [_OneBatch(input_ids)], way=quiet, enter=lambda _batch: _LastState(), as_tuple=forms[0]
-    )
-    missed = torch.linalg.vector_norm(reader.state_BTD.to(whole_BTD.device).float() - whole_BTD.float())
-    rounding = max(1e-3, 2 * torch.finfo(whole_BTD.dtype).eps)  # where kernels add in a new order in every run
-    if missed > rounding * torch.linalg.vector_norm(whole_BTD.float()):
-        raise StackError(
-            f"{type(model).__name__}: run one by one its layers compute something else, so they take more from each "
-            "other than the hidden state. Score it where the whole model fits, or choose the layers by hand with "
-            "`layersel: {first_layer: ...}`"
-        )
-    return forms[0]
+
+    attention_mask = None
+    nbytes = 0
+
+    def __init__(self, model: nn.Module, stack: DecoderStack, *, input_ids: Tensor, way: LayerByLayer) -> None:
+        self.input_ids = input_ids
+        self.as_tuple = False  # whether the layers return a tuple, the hidden state first
+        self._model_name, self._stack = type(model).__name__, stack
+
+        def note(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.as_tuple = not isinstance(output, Tensor)
+
+        on_demand = [*stack.layers, *([] if stack.tied else [stack.embeddings])]
+        with (
+            stack.layers[0].register_forward_hook(note),
+            weights_on_demand(on_demand, way.device, before=lambda: way.anyone(False)),
+        ):
+            self._whole_BTD = prove_stack(model, stack, input_ids=input_ids.to(way.device), alone=False)
+
+    def halves(self) -> list[Proof]:
+        """Itself: it is one row."""
+        return [self]
+
+    def to(self, device: torch.device) -> None:
+        """Nothing is kept between layers."""
+
+    def read(self, state: int, hidden_BTD: Tensor) -> None:
+        """Compare the last state with that of the whole model.
+
+        Raises:
+            StackError: they differ.
+        """
+        if state != self._stack.num_layers:
+            return
+        missed = torch.linalg.vector_norm(hidden_BTD.to(self._whole_BTD.device).float() - self._whole_BTD.float())
+        rounding = max(1e-3, 2 * torch.finfo(hidden_BTD.dtype).eps)  # some kernels add in a new order in every run
+        if missed > rounding * torch.linalg.vector_norm(self._whole_BTD.float()):
+            raise StackError(
+                f"{self._model_name}: run one by one its layers compute something else, so they take more from each "
+                "other than the hidden state. Score it where the whole model fits, or choose the layers by hand with "
+                "`layersel: {first_layer: ...}`"
+            )

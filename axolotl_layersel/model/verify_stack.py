@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from axolotl_layersel.model.decoder_stack import DecoderStack, StackError, first_tensor, given_state
 
 
-def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> Tensor:
+def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor, alone: bool = True) -> Tensor:
     """Check on one batch that the model computes what `stack` says; gradients are not needed.
 
     The input of layer i+1 must be the output of layer i, the input of the final norm the output of the last layer,
@@ -26,6 +26,7 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> 
     Args:
         model: in eval mode, under the precision that it will be scored in.
         input_ids: (B, T) int64, without padding.
+        alone: check as well that the backbone alone computes the states of the whole model, in a second forward pass.
 
     Returns:
         The output of the last layer, (B, T, D).
@@ -63,8 +64,9 @@ def prove_stack(model: nn.Module, stack: DecoderStack, *, input_ids: Tensor) -> 
         hooks.enter_context(stack.final_norm.register_forward_hook(out_of_norm))
         logits = model(input_ids=input_ids, use_cache=False).logits
         whole, ran = dict(seen), list(order)
-        seen.clear()
-        stack.backbone(input_ids=input_ids, use_cache=False)
+        if alone:
+            seen.clear()
+            stack.backbone(input_ids=input_ids, use_cache=False)
     if ran != list(range(stack.num_layers)):
         mismatch.append(f"its layers ran in the order {ran}")
     if "normed" not in whole:

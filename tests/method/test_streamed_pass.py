@@ -52,8 +52,8 @@ def test_every_architecture_has_equal_scores(case: Case) -> None:
 
 
 @pytest.mark.parametrize("place", ["main memory", "disk"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_weights_that_accelerate_offloads_are_fetched(place: str, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tied", "ahead"), [(False, True), (True, False)])
+def test_weights_that_accelerate_offloads_are_fetched(place: str, tied: bool, ahead: bool, tmp_path: Path) -> None:
     model = tiny_llama(num_layers=4, tie_word_embeddings=tied, vocab_size=128).eval()
     expected = _whole(model)
     if place == "disk":
@@ -61,7 +61,7 @@ def test_weights_that_accelerate_offloads_are_fetched(place: str, tied: bool, tm
     else:
         cpu_offload(model, execution_device=CPU)
     hooks = {name: module._hf_hook for name, module in model.named_modules() if hasattr(module, "_hf_hook")}
-    _assert_equal(_streamed(model), expected)
+    _assert_equal(_streamed(model, way=LayerByLayer(CPU, 10**9, ahead=ahead)), expected)
     assert all(p.is_meta for p in model.parameters()), "weights stayed"
     assert hooks == {n: module._hf_hook for n, module in model.named_modules() if hasattr(module, "_hf_hook")}
     with torch.no_grad():  # as accelerate left it
@@ -97,10 +97,10 @@ def test_every_layer_comes_once_for_all_batches_of_a_group(tmp_path: Path) -> No
 
     hook.weights_map = Counting()
     _streamed(model)
-    assert fetched == ["weight"] * 4  # thrice to prove the stack, once for all batches
+    assert fetched == ["weight"] * 2  # once to prove the stack, once for all batches
     fetched.clear()
     _streamed(model, keep_bytes=1)
-    assert len(fetched) > 5
+    assert len(fetched) > 3
 
 
 def test_batches_are_halved_where_memory_runs_out() -> None:
