@@ -8,16 +8,19 @@ epochs over the same pre-tokenised rows:
 - `cut`: layers k..L-1, the backward pass stops at the cut, no cache.
 - `filling`: the same with an empty cache on the disk, `filled`: once more, on the cache that the run before left.
 
-Time is the process's CPU time from the callback that opens training, before anything is filled, to the one that closes
-it; starting Python and loading the model are left out, as they are the same for all. Runs go round `--rounds` times,
-and a ratio is the median over rounds of (arm / `all` of the same round). `later epochs` are the median epoch after the
-first, to that of `all`; `of suffix` compares them with those of `suffix`. `reading` and `keys` are the shares of them
-that assembling states and finding samples take. Each run is a process of its own, forked from one that has imported
-axolotl.
+Time is the process's CPU time, or on a GPU the time on the clock with the device waited for, from the callback that
+opens training, before anything is filled, to the one that closes it; starting Python and loading the model are left
+out, as they are the same for all. Runs go round `--rounds` times, and a ratio is the median over rounds of (arm / `all`
+of the same round). `later epochs` are the median epoch after the first, to that of `all`; `of suffix` compares them
+with those of `suffix`. `reading` and `keys` are the shares of them that assembling states and finding samples take (on
+a GPU: that the host takes). `peak GB` are torch's largest allocation on the GPU in the whole run and in later epochs.
+Each run is a process of its own, forked from one that has imported axolotl.
 
     python benchmarks/whole_run.py
     python benchmarks/whole_run.py --cuts 0.5 --epochs 3 --rounds 3 --json whole_run.json
     python benchmarks/whole_run.py --model /path/to/a/model --cuts 0.5,0.8333 --arms stock,cut,filling,filled
+    python benchmarks/whole_run.py --model llama-3.1-8b --device cuda --sequence 2048 --batch 1 --examples 12 \
+        --checkpointing on --arms stock,cut,filling
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
@@ -53,16 +57,28 @@ HERE = Path(__file__).parent
 CLOCK_FILE = "clock.json"
 ENVIRONMENT = {
     **{"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"},
-    **{"HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""},
-    "AXOLOTL_DATASET_NUM_PROC": "0",
+    **{"HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "AXOLOTL_DATASET_NUM_PROC": "0"},
     "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])),
 }
 ARMS = ("suffix", "stock", "cut", "filling", "filled")
 OURS = ("cut", "filling", "filled")
 
 
+def now() -> float:
+    """The process's CPU seconds, or seconds on the clock once the GPU has done its work."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes() -> int:
+    """The largest allocation on the GPU since the last reset, 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
 class Clock(BasePlugin):
-    """An axolotl plugin, listed first: the process's CPU time when training opens, after each epoch, at the end."""
+    """An axolotl plugin, listed first: the time when training opens, after each epoch, at the end."""
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """Its own callbacks come before those of plugins that are listed later."""
@@ -76,17 +92,18 @@ class _Clock(TrainerCallback):
         self.spent = {"reading": 0.0, "keys": 0.0}
         self.at_epochs: list[dict[str, float]] = []
         self.open = self.wall = 0.0
+        self.peak = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from axolotl_layersel.prefix_cache import cached_prefix
 
         cached_prefix.assemble = self._timed("reading", cached_prefix.assemble)
         cached_prefix.find_segments = self._timed("keys", cached_prefix.find_segments)
-        self.open, self.wall = time.process_time(), time.time()
+        self.open, self.wall = now(), time.time()
 
     def _timed(self, name: str, work: Callable[..., Any]) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.process_time()
+            started = time.process_time()  # of the host: the device is not waited for
             try:
                 return work(*args, **kwargs)
             finally:
@@ -95,16 +112,21 @@ class _Clock(TrainerCallback):
         return timed
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.epochs.append(time.process_time())
+        self.epochs.append(now())
         self.at_epochs.append(dict(self.spent))
+        if len(self.epochs) == 2 and torch.cuda.is_available():
+            self.peak = peak_bytes()
+            torch.cuda.reset_peak_memory_stats()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        end = time.process_time()
+        end = now()
         times = {
             "training": end - self.open,
             "before_first_epoch": self.epochs[0] - self.open,
             "epochs": [b - a for a, b in itertools.pairwise([*self.epochs, end])],
             "seconds": time.time() - self.wall,
+            "peak": max(self.peak, peak_bytes()),
+            "later_peak": peak_bytes(),
             **{name: self.spent[name] - self.at_epochs[1][name] for name in self.spent},  # in later epochs
         }
         self.path.write_text(json.dumps(times), encoding="utf-8")
@@ -117,7 +139,7 @@ class Row:
     checkpointing: bool
     arm: str
     trained: str  # decoder layers
-    cpu_seconds: float  # median
+    seconds: float  # median; CPU time, or on the clock of a GPU
     whole_run: float
     spread: float  # largest minus smallest ratio
     later_epochs: float
@@ -125,13 +147,16 @@ class Row:
     filling_seconds: float
     reading: float | None  # share of later epochs
     keys: float | None
+    peak_gb: float
+    later_peak_gb: float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and write it where asked to."""
     options = parse(argv)
-    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})  # threads count at start
+    wanted = ENVIRONMENT if options.device == "cuda" else {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
+    if any(os.environ.get(name) != value for name, value in wanted.items() if name != "PYTHONPATH"):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})  # threads count at start
     folder = Path(tempfile.mkdtemp(prefix="layersel-run-"))
     try:
         rows = measure(folder, options)
@@ -152,6 +177,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", default="suffix,cut,filling,filled", help=f"any of {', '.join(ARMS)}; all stays")
     parser.add_argument("--cuts", default="0.5,0.75", help="frozen shares of the decoder layers")
     parser.add_argument("--checkpointing", default="off,on", help="off,on")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: weights and autocast in bf16")
+    parser.add_argument("--mode", default="lora", choices=("lora", "qlora"))
+    parser.add_argument("--batch", type=int, default=2, help="rows of a micro batch")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--examples", type=int, default=32, help="rows of the training set")
     parser.add_argument("--sequence", type=int, default=256, help="tokens of a row")
@@ -201,7 +229,7 @@ def _row(clocks: Any, name: str, cut: int, layers: int, checkpointing: bool) -> 
         checkpointing=checkpointing,
         arm=name,
         trained=f"{cut}-{layers - 1}",
-        cpu_seconds=statistics.median(taken["training"] for taken in own),
+        seconds=statistics.median(taken["training"] for taken in own),
         whole_run=statistics.median(ratios),
         spread=max(ratios) - min(ratios),
         later_epochs=statistics.median(later(a) / later(b) for a, b in zip(own, base, strict=True)),
@@ -209,22 +237,24 @@ def _row(clocks: Any, name: str, cut: int, layers: int, checkpointing: bool) -> 
         filling_seconds=statistics.median(taken["before_first_epoch"] for taken in own),
         reading=share("reading"),
         keys=share("keys"),
+        peak_gb=max(taken["peak"] for taken in own) / 1e9,
+        later_peak_gb=max(taken["later_peak"] for taken in own) / 1e9,
     )
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
-    head = "checkpointing | arm | trained | CPU s | whole run | spread | later epochs | of suffix | filling, s"
-    lines = [f"| {head} | reading | keys |", "|---" * 11 + "|"]
+    head = "checkpointing | arm | trained | seconds | whole run | spread | later epochs | of suffix | filling, s"
+    lines = [f"| {head} | reading | keys | peak GB | later |", "|---" * 13 + "|"]
     for row in rows:
         suffix, reading, keys = (
             "" if value is None else f"{value:.{digits}f}"
             for value, digits in ((row.of_suffix, 3), (row.reading, 4), (row.keys, 4))
         )
         lines.append(
-            f"| {'on' if row.checkpointing else 'off'} | {row.arm} | {row.trained} | {row.cpu_seconds:.1f} | "
+            f"| {'on' if row.checkpointing else 'off'} | {row.arm} | {row.trained} | {row.seconds:.1f} | "
             f"{row.whole_run:.3f} | {row.spread:.3f} | {row.later_epochs:.3f} | {suffix} | {row.filling_seconds:.2f} | "
-            f"{reading} | {keys} |"
+            f"{reading} | {keys} | {row.peak_gb:.1f} | {row.later_peak_gb:.1f} |"
         )
     return "\n".join(lines)
 
@@ -253,15 +283,26 @@ def write_inputs(folder: Path, options: argparse.Namespace, *, layers: Sequence[
             tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")),
             **{"bos_token": "<1>", "eos_token": "<2>", "pad_token": "<0>", "unk_token": "<0>"},
         )
-        for count in set(layers):
+        wanted = set(layers) if "suffix" in options.arms.split(",") else {layers[0]}
+        context = multiprocessing.get_context("spawn" if options.device == "cuda" else "fork")  # this process stays free
+        for count in wanted:
             config.num_hidden_layers, config.pad_token_id = count, 0
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder / f"model{count}")
+            child = context.Process(target=_save_random, args=(config, options.device, folder / f"model{count}"))
+            child.start()
+            child.join()
             tokenizer.save_pretrained(folder / f"model{count}")
         draw = np.random.default_rng(0)
         rows = [draw.integers(3, config.vocab_size, options.sequence).tolist() for _ in range(options.examples)]
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for ids in rows:
             file.write(json.dumps({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}) + "\n")
+
+
+def _save_random(config: Any, device: str, folder: Path) -> None:
+    """Random weights; in bf16 for a GPU, where they are drawn in seconds."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    model.to("cpu").save_pretrained(folder)
 
 
 def run(
@@ -275,12 +316,13 @@ def run(
         "plugins": ["whole_run.Clock", *(["layersel"] if arm in OURS else [])],
         "datasets": [{"path": str(folder / "rows.jsonl"), "ds_type": "json", "type": None}],
         **{"dataset_prepared_path": str(folder / "prepared"), "output_dir": str(out), "dataset_num_proc": 1},
-        **{"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True},
+        **{"adapter": options.mode, "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True},
         **{"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False},
-        **{"sequence_len": options.sequence, "micro_batch_size": 2, "gradient_accumulation_steps": 1},
+        **{"sequence_len": options.sequence, "micro_batch_size": options.batch, "gradient_accumulation_steps": 1},
         **{"num_epochs": options.epochs, "save_strategy": "no", "learning_rate": 1e-4, "optimizer": "adamw_torch"},
-        **{"lr_scheduler": "constant", "logging_steps": 1000, "use_cpu": True, "bf16": False, "seed": 42},
-        "gradient_checkpointing": checkpointing,
+        **{"lr_scheduler": "constant", "logging_steps": 1000, "seed": 42, "gradient_checkpointing": checkpointing},
+        **({"bf16": True} if options.device == "cuda" else {"use_cpu": True, "bf16": False}),
+        **({"load_in_4bit": True} if options.mode == "qlora" else {}),
     }
     if checkpointing:
         config["gradient_checkpointing_kwargs"] = {"use_reentrant": False}

@@ -35,6 +35,7 @@ SIZES = {  # hidden size, feed-forward size of a gated MLP, layers, heads
     "cpu-deep": (192, 512, 16, 6),
     "cpu-wide": (224, 608, 12, 7),
     "gpu-60m": (512, 1408, 12, 8),
+    "gpu-deep": (384, 1024, 24, 6),
     "gpu-150m": (768, 2048, 16, 12),
 }
 END = "<|endoftext|>"
