@@ -14,7 +14,8 @@ out, as they are the same for all. Runs go round `--rounds` times, and a ratio i
 of the same round). `later epochs` are the median epoch after the first, to that of `all`; `of suffix` compares them
 with those of `suffix`. `reading` and `keys` are the shares of them that assembling states and finding samples take (on
 a GPU: that the host takes). `peak GB` are torch's largest allocation on the GPU in the whole run and in later epochs.
-Each run is a process of its own, forked from one that has imported axolotl.
+Each run is a process of its own: forked from one that has imported axolotl, or, as a process that has seen a GPU cannot
+be forked, started while the run before it trains.
 
     python benchmarks/whole_run.py
     python benchmarks/whole_run.py --cuts 0.5 --epochs 3 --rounds 3 --json whole_run.json
@@ -200,6 +201,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[Row]:
     layers = read_config(options.model).num_hidden_layers
     cuts = [round(float(share) * layers) for share in options.cuts.split(",")]
     write_inputs(folder, options, layers=[layers, *(layers - cut for cut in cuts)])
+    trainees = Trainees(options.device)
     rows: list[Row] = []
     for checkpointing in (word == "on" for word in options.checkpointing.split(",")):
         arms = [("all", 0), *((arm, cut) for cut in cuts for arm in options.arms.split(","))]
@@ -207,9 +209,11 @@ def measure(folder: Path, options: argparse.Namespace) -> list[Row]:
         for _ in range(options.rounds):
             shutil.rmtree(folder / "cache", ignore_errors=True)
             for name, cut in arms:
-                clocks[name, cut].append(run(folder, options, name, cut, layers=layers, checkpointing=checkpointing))
-                print(f"# checkpointing {checkpointing}, {name}, cut {cut}: {clocks[name, cut][-1]}", flush=True)
+                found = run(trainees, folder, options, name, cut, layers=layers, checkpointing=checkpointing)
+                clocks[name, cut].append(found)
+                print(f"# checkpointing {checkpointing}, {name}, cut {cut}: {found}", flush=True)
         rows += [_row(clocks, name, cut, layers, checkpointing) for name, cut in arms if name != "suffix"]
+    trainees.close()
     return rows
 
 
@@ -283,13 +287,9 @@ def write_inputs(folder: Path, options: argparse.Namespace, *, layers: Sequence[
             tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")),
             **{"bos_token": "<1>", "eos_token": "<2>", "pad_token": "<0>", "unk_token": "<0>"},
         )
-        wanted = set(layers) if "suffix" in options.arms.split(",") else {layers[0]}
-        context = multiprocessing.get_context("spawn" if options.device == "cuda" else "fork")  # this process stays free
-        for count in wanted:
+        for count in set(layers) if "suffix" in options.arms.split(",") else {layers[0]}:
             config.num_hidden_layers, config.pad_token_id = count, 0
-            child = context.Process(target=_save_random, args=(config, options.device, folder / f"model{count}"))
-            child.start()
-            child.join()
+            _save_random(config, options.device, folder / f"model{count}")
             tokenizer.save_pretrained(folder / f"model{count}")
         draw = np.random.default_rng(0)
         rows = [draw.integers(3, config.vocab_size, options.sequence).tolist() for _ in range(options.examples)]
@@ -303,10 +303,47 @@ def _save_random(config: Any, device: str, folder: Path) -> None:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     model.to("cpu").save_pretrained(folder)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Trainees:
+    """Processes that train once each; the next one is started, and imports axolotl, while one trains."""
+
+    def __init__(self, device: str) -> None:
+        self.context: Any = multiprocessing.get_context("spawn" if device == "cuda" else "fork")
+        self.next = self._start()
+
+    def _start(self) -> tuple[Any, Any]:
+        here, there = self.context.Pipe()
+        process = self.context.Process(target=_train, args=(there,))
+        process.start()
+        there.close()
+        return process, here
+
+    def train(self, config: Path, log: Path) -> int:
+        """Exit status of a run."""
+        process, connection = self.next
+        connection.send((config, log))
+        self.next = self._start()
+        process.join()
+        return int(process.exitcode)
+
+    def close(self) -> None:
+        """End the one that waits."""
+        self.next[0].terminate()
+        self.next[0].join()
 
 
 def run(
-    folder: Path, options: argparse.Namespace, arm: str, cut: int, *, layers: int, checkpointing: bool
+    trainees: Trainees,
+    folder: Path,
+    options: argparse.Namespace,
+    arm: str,
+    cut: int,
+    *,
+    layers: int,
+    checkpointing: bool,
 ) -> dict[str, Any]:
     """Train once; CPU seconds."""
     out = folder / "out"
@@ -334,16 +371,16 @@ def run(
         config["peft_layers_to_transform"] = list(range(cut, layers))
     path, log = folder / "config.yml", folder / "log.txt"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    child = multiprocessing.get_context("fork").Process(target=_train, args=(path, log))
-    child.start()
-    child.join()
-    if child.exitcode or not (out / CLOCK_FILE).exists():
-        raise SystemExit(f"{arm}, cut {cut}, exit status {child.exitcode}:\n{log.read_text()[-4000:]}")
+    status = trainees.train(path, log)
+    if status or not (out / CLOCK_FILE).exists():
+        trainees.close()
+        raise SystemExit(f"{arm}, cut {cut}, exit status {status}:\n{log.read_text()[-4000:]}")
     return dict(json.loads((out / CLOCK_FILE).read_text(encoding="utf-8")))
 
 
-def _train(config: Path, log: Path) -> None:
-    """What `axolotl train` does, in a child."""
+def _train(connection: Any) -> None:
+    """What `axolotl train` does, in a child, once it is told with what."""
+    config, log = connection.recv()
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
