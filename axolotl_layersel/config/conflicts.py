@@ -97,7 +97,7 @@ def _conflicts(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 def _not_scorable(cfg: Mapping[str, Any]) -> Iterator[str]:
     """Why nothing can be scored before training starts."""
-    if reason := sharded(cfg):
+    if reason := _split_beyond_scoring(cfg):
         yield (
             f"{reason}, so no process can run the model to score it: score once on one process with `axolotl layersel "
             f"score {cfg.get('axolotl_config_path') or 'CONFIG'}`, then train with `layersel: {{plan: "
@@ -121,9 +121,26 @@ SCORED_RL = ("dpo", "ipo", "orpo", "simpo", "kto")  # scored on chosen and desir
 
 
 def sharded(cfg: Mapping[str, Any]) -> str | None:
-    """Why the model of this config is not whole on a process when it is loaded, or None."""
-    if cfg.get("fsdp") or cfg.get("fsdp_config"):
+    """Why the model of this config is not whole on a process while it trains, or None."""
+    if fsdp_version(cfg):
         return "FSDP shards the model"
+    return _split_beyond_scoring(cfg)
+
+
+def fsdp_version(cfg: Mapping[str, Any]) -> int | None:
+    """1 or 2 where FSDP shards the model; 1 is what axolotl 0.19 takes where nothing is said, and later ones refuse."""
+    block = cfg.get("fsdp_config")
+    if not (cfg.get("fsdp") or block):
+        return None
+    block = block if isinstance(block, Mapping) else {}
+    version = cfg.get("fsdp_version") or block.get("fsdp_version") or block.get("version")
+    return 2 if str(version) == "2" else 1
+
+
+def _split_beyond_scoring(cfg: Mapping[str, Any]) -> str | None:
+    """Why no process can run the model of this config before training starts, or None."""
+    if fsdp_version(cfg) == 1:
+        return "FSDP1 (`fsdp_version` is not 2) shards the model"
     if zero_stage(cfg) == 3:
         return "DeepSpeed ZeRO-3 partitions the model"
     for key in ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
@@ -23,7 +24,7 @@ from axolotl_layersel.integration.pilot_settings import pilot_settings
 from axolotl_layersel.integration.preference_rows import PreferenceRows
 from axolotl_layersel.integration.processes import Processes
 from axolotl_layersel.integration.run_settings import RunSettings
-from axolotl_layersel.integration.runnable_model import check_whole, place, ready_to_run
+from axolotl_layersel.integration.runnable_model import check_whole, placed, ready_to_run
 from axolotl_layersel.method.calibration import Sample, draw_rows
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
@@ -137,10 +138,14 @@ def _scored_plan(
     """Score on the prepared training set with the model that will be trained."""
     started, options = time.perf_counter(), settings.options
     sample = draw_sample(settings, dataset)
-    check_whole(model)
-    place(model)
-    share = len(range(processes.rank, len(sample.rows), processes.world_size))
-    with ready_to_run(model, stack), progress(share, enabled=processes.is_main) as advance:
+    share = _share(settings, processes)
+    rows = len(range(share[0], len(sample.rows), share[1])) if share else 0
+    with ExitStack() as held:
+        if share:
+            check_whole(model)
+            held.enter_context(placed(model, keep=not settings.sharded))
+            held.enter_context(ready_to_run(model, stack))
+        advance = held.enter_context(progress(rows, enabled=processes.is_main))
         scored = score_layers(
             model,
             sample.rows,
@@ -153,7 +158,7 @@ def _scored_plan(
             seed=settings.seed,
             batch_tokens=settings.batch_tokens,
             autocast=settings.autocast,
-            share=(processes.rank, processes.world_size),
+            share=share,
             together=processes.together,
             main_only=processes.main_only,
             progress=advance,
@@ -175,6 +180,17 @@ def _scored_plan(
         seconds=round(time.perf_counter() - started, 3),
     )
     return processes.main_only(lambda: plan)
+
+
+def _share(settings: RunSettings, processes: Processes) -> tuple[int, int] | None:
+    """(index, number) of this process among those that score, or None where it only waits for them.
+
+    With FSDP's `cpu_ram_efficient_loading` the main process alone has loaded the weights: the others hold tensors that
+    are empty, or zero.
+    """
+    if settings.loaded_by_main:
+        return (0, 1) if processes.is_main else None
+    return processes.rank, processes.world_size
 
 
 def _tokenizer_fingerprint(cfg: Any) -> str:

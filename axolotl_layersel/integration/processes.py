@@ -1,7 +1,8 @@
 """What several training processes must agree on: statistics, errors, and one decision.
 
 Every call here is made by all processes or by none, inside `stopping_together`. A process that fails there sends its
-error to the others in place of what they wait for, so that all stop within seconds and none waits for a timeout.
+error to the others in place of what they wait for, so that all stop within seconds and none waits for a timeout. They
+may wait for each other for hours (`meeting.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
+
+from axolotl_layersel.integration.meeting import Heart, LostProcessError, meet
 
 T = TypeVar("T")
 
@@ -40,6 +43,7 @@ class Processes:
 
         Raises:
             PeerError: another process failed, here or anywhere else in `stopping_together`; with its error's text.
+            LostProcessError: another process was killed or hangs.
         """
         mine = work()
         return [mine] if self.world_size == 1 else [one["result"] for one in self._exchange({"result": mine})]
@@ -56,6 +60,7 @@ class Processes:
     def _exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         from accelerate.utils import gather_object
 
+        meet(_store(), rank=self.rank, world_size=self.world_size, late=_timeout().total_seconds())
         everyone: list[dict[str, Any]] = gather_object([mine])
         if "error" not in mine and (errors := [one["error"] for one in everyone if "error" in one]):
             raise PeerError("; ".join(errors))
@@ -67,16 +72,34 @@ class StoppingTogether:
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
+        self.heart = Heart(_store(), processes.rank) if processes.world_size > 1 else None
 
     def __enter__(self) -> None:
-        return None
+        if self.heart is not None:
+            self.heart.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A PeerError is known to all. An interrupt reaches every process from the launcher, at any point.
-        if self.processes.world_size > 1 and isinstance(error, Exception) and not isinstance(error, PeerError):
-            self.processes._exchange({"error": f"rank {self.processes.rank} failed: {type(error).__name__}: {error}"})
+        if self.heart is None:
+            return
+        try:
+            # These two are known to all. An interrupt reaches every process from the launcher, at any point.
+            if isinstance(error, Exception) and not isinstance(error, (PeerError, LostProcessError)):
+                told = f"rank {self.processes.rank} failed: {type(error).__name__}: {error}"
+                self.processes._exchange({"error": told})
+        finally:
+            self.heart.stop()
+
+
+def _store() -> Any:
+    """The key-value store that the process group was made with.
+
+    Private: `torch.distributed.distributed_c10d._get_default_store`, torch 2.11 to 2.14.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def join_processes(*, cpu: bool) -> Processes:
@@ -94,8 +117,7 @@ def join_processes(*, cpu: bool) -> Processes:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    timeout = timedelta(seconds=int(os.environ.get(_TIMEOUT_VARIABLE, _TIMEOUT_SECONDS)))
-    state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
+    state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_timeout())
     if state.num_processes != started:
         raise RuntimeError(
             f"WORLD_SIZE is {started}, but accelerate has joined {state.num_processes} of them, so each process would "
@@ -103,3 +125,8 @@ def join_processes(*, cpu: bool) -> Processes:
             "LOCAL_RANK, or unset WORLD_SIZE"
         )
     return Processes(rank=state.process_index, world_size=state.num_processes)
+
+
+def _timeout() -> timedelta:
+    """Of the process group's collectives."""
+    return timedelta(seconds=int(os.environ.get(_TIMEOUT_VARIABLE, _TIMEOUT_SECONDS)))

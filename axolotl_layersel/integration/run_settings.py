@@ -54,7 +54,8 @@ class RunSettings:
     checkpointing: bool
     reentrant: bool  # checkpointing is reentrant, with a boundary at the cut
     stop_backward: bool  # the backward pass ends at the cut
-    sharded: bool  # no process holds the whole model
+    sharded: bool  # no process holds the whole model while it trains
+    loaded_by_main: bool  # FSDP's `cpu_ram_efficient_loading`: the others get their shards later
     trains_embeddings: str | None  # the key that does, so that gradients must reach the input
     use_cpu: bool
     resume_from_checkpoint: str | None
@@ -122,6 +123,7 @@ def settings_of(cfg: Any) -> RunSettings:
         reentrant=bool(cfg.gradient_checkpointing and kwargs.get("use_reentrant") and not cfg.torch_compile),
         stop_backward=options.stop_backward and not embeddings,
         sharded=sharded(cfg) is not None,
+        loaded_by_main=bool((cfg.fsdp_config or {}).get("cpu_ram_efficient_loading")),
         trains_embeddings=embeddings,
         use_cpu=bool(cfg.use_cpu),
         resume_from_checkpoint=cfg.resume_from_checkpoint,

@@ -27,12 +27,25 @@ def check_whole(model: nn.Module) -> None:
             )
 
 
-def place(model: nn.Module) -> None:
-    """Move the model to this process's GPU if axolotl left it on the CPU; the trainer would do so later."""
+def place(model: nn.Module) -> bool:
+    """Move the model to this process's GPU if axolotl left it on the CPU, and say whether it did."""
     devices = set(getattr(model, "hf_device_map", {}).values())
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    if torch.cuda.is_available() and on_cpu and len(devices) <= 1:
+    moves = torch.cuda.is_available() and on_cpu and len(devices) <= 1
+    if moves:
         model.to(f"cuda:{torch.cuda.current_device()}")
+    return moves
+
+
+@contextmanager
+def placed(model: nn.Module, *, keep: bool) -> Iterator[None]:
+    """The model on this process's GPU; with `keep` also afterwards, since the trainer would move it there, too."""
+    moved = place(model)
+    try:
+        yield
+    finally:
+        if moved and not keep:
+            model.to("cpu")
 
 
 @contextmanager

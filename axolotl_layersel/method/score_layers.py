@@ -70,7 +70,7 @@ def score_layers(
     batch_tokens: int = 4096,
     autocast: torch.dtype | None = None,
     layer_by_layer: LayerByLayer | None = None,
-    share: tuple[int, int] = (0, 1),
+    share: tuple[int, int] | None = (0, 1),
     together: Together = lambda work: [work()],
     main_only: Callable[[Callable[[], Pilot | str]], Pilot | str] = lambda work: work(),
     progress: Progress = lambda rows, tokens: None,
@@ -87,7 +87,8 @@ def score_layers(
         batch_tokens: padded tokens in one forward pass.
         autocast: the trainer's autocast dtype, None for full precision.
         layer_by_layer: how to run a model that does not fit the device; None: in whole forward passes.
-        share: (rank, world size); this process runs rows rank, rank + world size, ...
+        share: (rank, world size); this process runs rows rank, rank + world size, ...; None: it has no weights, and
+            waits for the others.
         together: does the measuring on all processes and collects what they measured, or the error of one.
         main_only: does the pilot on one process and gives its result to all.
         progress: called after each batch with the rows and tokens done here.
@@ -97,22 +98,24 @@ def score_layers(
     """
     stack = find_stack(model)
     selection.most_layers(budget, num_layers=stack.num_layers, min_layers=min_layers)
-    mine = range(share[0], len(rows), share[1])
-    measured = measure if layer_by_layer is None else partial(measure_streamed, way=layer_by_layer)
-    device = layer_by_layer.device if layer_by_layer else None
-    with left_as_found(model, autocast=autocast, device=device):
-        parts = together(
-            lambda: measured(
+    way = layer_by_layer
+
+    def measured() -> RowStatistics:
+        if share is None:
+            return RowStatistics.empty(stack.num_layers)
+        with left_as_found(model, autocast=autocast, device=way.device if way else None):
+            return (partial(measure_streamed, way=way) if way else measure)(
                 model,
                 stack,
                 rows,
-                mine,
+                range(share[0], len(rows), share[1]),
                 deviation=deviation,
                 batch_tokens=batch_tokens,
                 transitions=policy == "peak_gain",
                 progress=progress,
             )
-        )
+
+    parts = together(measured)
     statistics = RowStatistics.merge(parts)
     share_L = gains.descent(statistics.mean(statistics.deviation_RS))
     loss = float(statistics.mean(statistics.loss_R[:, None])[0])
