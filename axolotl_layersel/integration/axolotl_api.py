@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -111,3 +112,22 @@ def checkpoint_to_resume(cfg: Any) -> str | None:
 
     found: str | None = determine_last_checkpoint(cfg, update=False)
     return found
+
+
+def lost_adapters(checkpoint: Path) -> str | None:
+    """Why the adapters of an FSDP2 checkpoint would be resumed in part only, or None.
+
+    accelerate 1.13 and 1.14, which axolotl 0.19 runs on, write the first process's shards of adapters alone where
+    `state_dict_type` is FULL_STATE_DICT, and on resuming leave those of the others as they were initialised. Read and
+    run: `accelerate.utils.fsdp_utils`, 1.13; read: 1.14, and 1.15, which gathers them.
+    """
+    written = checkpoint / "pytorch_model_fsdp.bin"
+    if not written.is_file() or version("accelerate") not in SpecifierSet("<1.15"):
+        return None
+    return (
+        f"the checkpoint {str(checkpoint)!r} holds the first process's share of the adapters alone, as accelerate "
+        f"{version('accelerate')} writes it with `state_dict_type: FULL_STATE_DICT`: resumed, the rest would start "
+        f"afresh. Go on from all of its adapters with `lora_model_dir: {checkpoint}` and `layersel: {{plan: "
+        f"{checkpoint}/layersel/plan.json}}` (the optimizer starts afresh), and set `fsdp_config: {{state_dict_type: "
+        "SHARDED_STATE_DICT}`, whose checkpoints are whole"
+    )

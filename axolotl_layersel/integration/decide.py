@@ -12,6 +12,7 @@ import json
 import time
 from contextlib import ExitStack
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from axolotl.loaders import load_tokenizer
@@ -91,6 +92,8 @@ def _resumed_plan(settings: RunSettings) -> Plan | None:
         checkpoint = axolotl_api.checkpoint_to_resume(settings.cfg)
     if not checkpoint:
         return None
+    if settings.adapter and (reason := axolotl_api.lost_adapters(Path(checkpoint))):
+        raise PlanError(reason)
     try:
         return read_plan(checkpoint)
     except PlanError as error:

@@ -13,7 +13,8 @@ import time
 from typing import Any
 
 _ARRIVALS, _BLOCKS, _BEATS = "layersel/arrivals", "layersel/blocks", "layersel/beats"
-STEP, BEAT = 0.05, 2.0  # seconds between two looks at the arrivals, and between two signs of life
+STEPS = 0.001, 0.1  # seconds between two looks at the arrivals: the first, and the most
+BEAT = 2.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without a sign of life after which a process counts as dead
 
 
@@ -62,9 +63,10 @@ def meet(store: Any, *, rank: int, world_size: int, late: float) -> None:
     """
     try:
         expected = -(-store.add(_ARRIVALS, 1) // world_size) * world_size  # nobody is one meeting ahead of another
-        watch, looked = _Watch(store, rank, world_size, late), time.monotonic()
+        watch, looked, step = _Watch(store, rank, world_size, late), time.monotonic(), STEPS[0]
         while store.add(_ARRIVALS, 0) < expected:
-            time.sleep(STEP)
+            time.sleep(step)
+            step = min(2 * step, STEPS[1])
             if time.monotonic() - looked > BEAT:
                 looked = time.monotonic()
                 watch.look(looked)

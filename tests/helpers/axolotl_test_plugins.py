@@ -77,6 +77,10 @@ class _SayShards(TrainerCallback):
             f"test: {len(units)} units are sharded, {[t.__name__ for u in units[:1] for t in type(u).__mro__[:2]]}",
             flush=True,
         )
+        for trained in (True, False):
+            shards = [p for p in model.parameters() if p.requires_grad == trained]
+            here = sum(p.to_local().numel() for p in shards)
+            print(f"test: trained {trained}: {here} of {sum(p.numel() for p in shards)} numbers are here", flush=True)
 
 
 class RayOnCpu(BasePlugin):
