@@ -5,7 +5,6 @@ accelerate uses FSDP on accelerators alone: `axolotl_test_plugins.CpuShards` say
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -81,7 +80,9 @@ def test_the_process_that_holds_the_weights_scores_as_one_process_does(
     assert ours["scores"] == alone["scores"]
     assert ours["trainable_layers"] == alone["trainable_layers"]
     assert ours["sample"] == alone["sample"]
-    assert lora[1].log.count(f"proved in the first step: the backward pass stops at layer {ours['first_trainable']}") == 2
+    assert (
+        lora[1].log.count(f"proved in the first step: the backward pass stops at layer {ours['first_trainable']}") == 2
+    )
 
 
 def test_adapters_and_frozen_weights_are_sharded(lora: tuple[Path, Finished]) -> None:
@@ -115,10 +116,8 @@ def test_a_resumed_run_goes_on_with_the_plan_and_the_losses(
 def test_full_fine_tuning_is_scored_where_the_other_processes_hold_zeros(
     tmp_path: Path, run_inputs: dict[str, Path], uninterrupted: Path
 ) -> None:
-    """transformers fills what the main process alone loads with zeros elsewhere, which a meta tensor would betray."""
-    options = _options(
-        by_main=True, state_dict="FULL_STATE_DICT", adapter=None, lora_target_linear=None, max_steps=2
-    )
+    """What the main process alone loads, transformers fills with zeros elsewhere: no meta tensor tells of them."""
+    options = _options(by_main=True, state_dict="FULL_STATE_DICT", adapter=None, lora_target_linear=None, max_steps=2)
     run = train(write_config(tmp_path, **run_inputs, **options), launcher="torchrun", processes=3).check()
     plan, alone = plan_of(tmp_path / "out"), plan_of(uninterrupted)
     assert plan["scores"]["deviation"] == alone["scores"]["deviation"]

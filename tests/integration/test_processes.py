@@ -107,7 +107,7 @@ def test_a_given_cut_holds_under_fsdp2(sharded: list[dict[str, Any]], mode: str)
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, "FSDP shards the model"),
+        ({"fsdp_config": {"reshard_after_forward": True}}, "FSDP1 (`fsdp_version` is not 2) shards the model"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "DeepSpeed ZeRO-3 partitions the model"),
         ({"tensor_parallel_size": 2}, "`tensor_parallel_size: 2` splits the model"),
     ],
@@ -120,6 +120,13 @@ def test_sharded_scoring_is_refused_with_the_command_that_scores(config: dict[st
     assert "`layersel: {plan: ./out/layersel/plan.json}`" in conflict
     assert find_conflicts({**base, "layersel": {"first_layer": 3}}) == []
     assert find_conflicts({**base, "layersel": {"plan": "./out/layersel/plan.json"}}) == []
+
+
+def test_fsdp2_is_scored_wherever_its_version_stands() -> None:
+    base = {"plugins": ["layersel"], "fsdp_config": {"reshard_after_forward": True}}
+    assert find_conflicts({**base, "fsdp_version": 2}) == []
+    for key in ("fsdp_version", "version"):
+        assert find_conflicts({**base, "fsdp_config": {key: 2}}) == []
 
 
 def test_zero_3_is_found_in_the_file_that_the_config_names(tmp_path: Path) -> None:
