@@ -21,6 +21,7 @@ from axolotl_layersel.integration.runnable_model import evaluating
 from axolotl_layersel.method.pilot_size import rate_ratio
 from axolotl_layersel.model.adapted_modules import Adapters, adapted_modules
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
+from axolotl_layersel.model.weights_here import whole_shape
 from axolotl_layersel.plan import Plan, PlanError, read_plan, write_text
 from axolotl_layersel.plan_parts import Prediction
 from axolotl_layersel.report.page import write_report
@@ -80,7 +81,7 @@ def config_updates(settings: RunSettings, model: nn.Module, plan: Plan, adapters
     """
     stack = find_stack(model)
     k = plan.first_trainable
-    scalar = next((name for name, p in model.named_parameters() if p.dim() == 0), None)
+    scalar = next((name for name, p in model.named_parameters() if not whole_shape(p)), None)
     if scalar and (not settings.adapter or settings.continued_adapter):
         raise ValueError(
             f"the parameter {scalar!r} is a single number, and axolotl's `unfrozen_parameters` fails on such a model: "

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from axolotl_layersel.model.weights_here import whole_bytes, whole_shape
+
 
 class StackError(ValueError):
     """The decoder stack or its read-out was not found, or the model computes something else than was found."""
@@ -85,9 +87,7 @@ def find_stack(model: nn.Module) -> DecoderStack:
         )
     embeddings_name, head_name = names[id(embeddings)], names[id(head)]
     backbone_name, backbone = _backbone(model, embeddings_name)
-    list_name, layers = max(
-        _layer_lists(backbone), key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters()))
-    )
+    list_name, layers = max(_layer_lists(backbone), key=lambda item: (len(item[1]), whole_bytes(item[1])))
     norm_name, norm = _final_norm(backbone, list_name)
     prefix = f"{backbone_name}." if backbone_name else ""
     return DecoderStack(
@@ -160,4 +160,4 @@ def _final_norm(backbone: nn.Module, list_name: str) -> tuple[str, nn.Module]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return _has_weights(module) and all(p.dim() == 1 for p in module.parameters())
+    return _has_weights(module) and all(len(whole_shape(p)) == 1 for p in module.parameters())

@@ -37,7 +37,7 @@ BASE = {"plugins": ["layersel"], "adapter": "lora", "lora_target_linear": True}
         ({"processor_type": "AutoProcessor", "streaming": True}, "images.*batch by batch"),
         ({"rl": "simpo"}, "`rl: simpo` without `simpo_gamma`.*set it, 0.5"),
         ({"rl": "simpo", "layersel": {"first_layer": 2}}, "`rl: simpo` without `simpo_gamma`"),
-        ({"fsdp_config": {"x": 1}}, "FSDP shards the model.*plan"),
+        ({"fsdp_config": {"x": 1}}, "FSDP1 .* shards the model.*plan"),
         ({"deepspeed": "deepspeed_configs/zero3_bf16.json"}, "ZeRO-3.*plan"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2"),
         ({"context_parallel": {"size": 4}}, "`context_parallel: {size: 4}` splits the input, so.*plan"),

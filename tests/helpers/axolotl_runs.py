@@ -37,7 +37,10 @@ UNINTERRUPTED = {
     "save_steps": 2,
 }
 HELPERS = Path(__file__).resolve().parent
-BIN = Path(sys.executable).parent  # accelerate, axolotl and torchrun of this very environment
+BIN = Path(sys.executable).parent  # axolotl of this very environment
+# As modules, because an environment that is laid over another has no scripts of its own for these two.
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli")
 
 Launcher = Literal["accelerate", "python", "axolotl", "torchrun"]
 
@@ -221,9 +224,9 @@ def train_command(config: Path, *args: str, launcher: Launcher = "accelerate", p
     # `--cpu --num_processes 2` starts one process, unless it is given hosts for mpirun; `--multi_gpu` needs no GPU.
     several = ["--multi_gpu", f"--num_processes={processes}", f"--main_process_port={free_port()}"]
     return {
-        "accelerate": [str(BIN / "accelerate"), "launch", *(several if processes > 1 else ["--cpu"]), "-m", *module],
+        "accelerate": [*ACCELERATE, "launch", *(several if processes > 1 else ["--cpu"]), "-m", *module],
         "torchrun": [
-            str(BIN / "torchrun"),
+            *TORCHRUN,
             f"--nproc-per-node={processes}",
             f"--master-port={free_port()}",
             "-m",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from axolotl_runs import BIN, free_port, on_several, plan_of, start, train, write_config
+from axolotl_runs import TORCHRUN, free_port, on_several, plan_of, start, train, write_config
 from safetensors.torch import load_file
 
 from axolotl_layersel.config.conflicts import find_conflicts
@@ -24,7 +24,7 @@ HERE = Path(__file__).parents[1] / "helpers"
 def three_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of three processes saw, by rank."""
     out = tmp_path_factory.mktemp("three_processes")
-    torchrun = [str(BIN / "torchrun"), "--nproc-per-node=3", f"--master-port={free_port()}"]
+    torchrun = [*TORCHRUN, "--nproc-per-node=3", f"--master-port={free_port()}"]
     start([*torchrun, str(HERE / "processes_script.py"), str(out)], out / "log").finish(timeout=120).check()
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(3)]
 
@@ -85,7 +85,7 @@ def test_processes_that_accelerate_has_not_joined_are_refused(monkeypatch: pytes
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw of models that torch's FSDP2 shards over them."""
     out = tmp_path_factory.mktemp("sharded")
-    torchrun = [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}"]
+    torchrun = [*TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}"]
     start([*torchrun, str(HERE / "fsdp_script.py"), str(out)], out / "log", cwd=HERE).finish(timeout=120).check()
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -211,7 +211,7 @@ def test_two_machines_without_a_shared_folder_train_with_one_plan(tmp_path: Path
     nodes = f"--nnodes=2 --nproc-per-node=1 --master-addr=127.0.0.1 --master-port={free_port()}".split()
     launched = []
     for rank in range(2):
-        command = [str(BIN / "torchrun"), *nodes, f"--node-rank={rank}", "-m", "axolotl.cli.train", str(config)]
+        command = [*TORCHRUN, *nodes, f"--node-rank={rank}", "-m", "axolotl.cli.train", str(config)]
         node = tmp_path / f"node {rank}"
         launched.append(start(command, node / "log", env={"ACCELERATE_USE_CPU": "true"}))
     logs = [run.finish(timeout=240).check().log for run in launched]
