@@ -45,6 +45,12 @@ class LayerSelOptions(BaseModel):
     scale_learning_rate: bool = Field(
         default=False, description="raise the config's `learning_rate` as the best rate rose at such cuts in our runs"
     )
+    layer_by_layer: Literal["auto"] | bool = Field(
+        default="auto", description="bring one layer after the other to the GPU to score; auto: where not all fit"
+    )
+    layer_by_layer_gb: float | None = Field(
+        default=None, gt=0, description="most GB (1e9 bytes) of states kept between two layers; none: half of free RAM"
+    )
     budget: StrictInt | StrictFloat = Field(
         default=1.0,
         gt=0,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ from axolotl_layersel.model.adapted_modules import Adapters
 from axolotl_layersel.model.decoder_stack import DecoderStack, first_tensor, unwrap
 from axolotl_layersel.model.latent_states import left_as_found
 from axolotl_layersel.model.layer_inputs import LayerInput, record_inputs
+from axolotl_layersel.model.verify_layers import read_out_here
+from axolotl_layersel.model.weights_here import computing_device, weights_here
 
 Case = Literal["trained", "first", "passed"]
 CASES: tuple[Case, ...] = ("passed", "first", "trained")  # in this order: adapters are added before the second
@@ -107,8 +110,18 @@ def measure_layers(
     )
     unit = min(unit, (getattr(config, "max_position_embeddings", None) or 3 * unit) // 3)
     lengths = (unit, 2 * unit, 3 * unit)
-    with left_as_found(stack.backbone, autocast=autocast), visible_kernels(stack.backbone) as saves_pairs:
-        inputs = [record_inputs(stack, chosen.values(), input_ids=_some_ids(stack, length)) for length in lengths]
+    away = any(parameter.is_meta for parameter in stack.backbone.parameters())  # offloaded by accelerate
+    device = computing_device(stack.backbone) if away else next(stack.backbone.parameters()).device
+    needed = [stack.embeddings, *stack.layers[: max(chosen.values()) + 1]] if away else []
+    with (
+        left_as_found(stack.backbone, autocast=autocast, device=device),
+        read_out_here(stack, device) if away else nullcontext(),
+        weights_here(needed, device),
+        visible_kernels(stack.backbone) as saves_pairs,
+    ):
+        inputs = [
+            record_inputs(stack, chosen.values(), input_ids=_some_ids(stack, length).to(device)) for length in lengths
+        ]
         probes = {
             kind: _layer_cost(stack, i, [calls[i] for calls in inputs], adapters, autocast, saves_pairs)
             for kind, i in chosen.items()

@@ -25,7 +25,8 @@ from axolotl_layersel.integration.pilot_settings import pilot_settings
 from axolotl_layersel.integration.preference_rows import PreferenceRows
 from axolotl_layersel.integration.processes import Processes
 from axolotl_layersel.integration.run_settings import RunSettings
-from axolotl_layersel.integration.runnable_model import check_whole, placed, ready_to_run
+from axolotl_layersel.integration.runnable_model import placed, ready_to_run
+from axolotl_layersel.integration.scoring_way import scoring_way, telling_time
 from axolotl_layersel.method.calibration import Sample, draw_rows
 from axolotl_layersel.method.score_layers import score_layers
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
@@ -143,12 +144,15 @@ def _scored_plan(
     sample = draw_sample(settings, dataset)
     share = _share(settings, processes)
     rows = len(range(share[0], len(sample.rows), share[1])) if share else 0
+    way = scoring_way(settings, model, stack, processes=processes) if share else None
     with ExitStack() as held:
-        if share:
-            check_whole(model)
+        if share and way is None:
             held.enter_context(placed(model, keep=not settings.sharded))
+        if share:
             held.enter_context(ready_to_run(model, stack))
         advance = held.enter_context(progress(rows, enabled=processes.is_main))
+        if way is not None:
+            advance = telling_time(advance, rows=rows, enabled=processes.is_main)
         scored = score_layers(
             model,
             sample.rows,
@@ -161,6 +165,7 @@ def _scored_plan(
             seed=settings.seed,
             batch_tokens=settings.batch_tokens,
             autocast=settings.autocast,
+            way=way,
             share=share,
             together=processes.together,
             main_only=processes.main_only,

@@ -13,20 +13,6 @@ from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.latent_states import left_as_found
 
 
-def check_whole(model: nn.Module) -> None:
-    """Refuse a model whose weights are not all on this process.
-
-    Raises:
-        ValueError: a parameter is partitioned (DeepSpeed ZeRO-3) or has no storage (FSDP, lazy loading).
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or hasattr(parameter, "ds_id"):
-            raise ValueError(
-                f"the parameter {name!r} is not whole on this process, so the model cannot be scored here: score once "
-                "on one process with `axolotl layersel score CONFIG`, then give `layersel: {plan: ...}`"
-            )
-
-
 def place(model: nn.Module) -> bool:
     """Move the model to this process's GPU if axolotl left it on the CPU, and say whether it did."""
     devices = set(getattr(model, "hf_device_map", {}).values())

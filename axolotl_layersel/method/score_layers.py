@@ -41,6 +41,7 @@ from axolotl_layersel.method.transition import RowStatistics
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.latent_states import left_as_found
 from axolotl_layersel.model.layer_by_layer import LayerByLayer
+from axolotl_layersel.model.weights_here import places
 from axolotl_layersel.plan_parts import Pilot, Scores
 
 Array = NDArray[np.float64]
@@ -69,7 +70,7 @@ def score_layers(
     seed: int = 42,
     batch_tokens: int = 4096,
     autocast: torch.dtype | None = None,
-    layer_by_layer: LayerByLayer | None = None,
+    way: LayerByLayer | None = None,
     share: tuple[int, int] | None = (0, 1),
     together: Together = lambda work: [work()],
     main_only: Callable[[Callable[[], Pilot | str]], Pilot | str] = lambda work: work(),
@@ -79,14 +80,14 @@ def score_layers(
 
     Args:
         model: a causal language model as transformers loads it, quantised or not, on the device to run on, or
-            wherever `layer_by_layer` finds it.
+            wherever `way` finds it.
         rows: the calibration sample, the same on every process.
         deviation, policy, coverage, budget, min_layers: see `options.LayerSelOptions`.
         pilot: what a pilot needs to know of the run; None: the forward pass alone has to do.
         seed: of the bootstrap and the pilot.
         batch_tokens: padded tokens in one forward pass.
         autocast: the trainer's autocast dtype, None for full precision.
-        layer_by_layer: how to run a model that does not fit the device; None: in whole forward passes.
+        way: how to run a model that does not fit the device; None: in whole forward passes.
         share: (rank, world size); this process runs rows rank, rank + world size, ...; None: it has no weights, and
             waits for the others.
         together: does the measuring on all processes and collects what they measured, or the error of one.
@@ -98,7 +99,6 @@ def score_layers(
     """
     stack = find_stack(model)
     selection.most_layers(budget, num_layers=stack.num_layers, min_layers=min_layers)
-    way = layer_by_layer
 
     def measured() -> RowStatistics:
         if share is None:
@@ -123,7 +123,7 @@ def score_layers(
     def piloted() -> Pilot | str:
         if pilot is None:
             return "no pilot was asked for"
-        if layer_by_layer is not None:
+        if way is not None and places(model, way.device) != {"here"}:
             return "a pilot trains all layers at once, and this model runs one layer at a time"
         try:
             return run_pilot(

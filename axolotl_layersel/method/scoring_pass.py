@@ -96,6 +96,19 @@ def check_tokens(rows: Sequence[Row], indices: Sequence[int], stack: DecoderStac
             )
 
 
+def scoring_bytes(stack: DecoderStack, *, batch_tokens: int) -> int:
+    """About what scoring needs beside the weights: a layer's activations, read states, the unembedding's Gram matrix.
+
+    Args:
+        batch_tokens: padded tokens in one forward pass.
+    """
+    embeddings = next(stack.embeddings.parameters())
+    hidden, itemsize = whole_shape(embeddings)[-1], max(2, embeddings.itemsize)
+    sizes = [getattr(m, name, 0) for m in stack.layers[0].modules() for name in ("in_features", "out_features")]
+    widest = max(4 * hidden, *(size for size in sizes if isinstance(size, int)))
+    return batch_tokens * (6 * widest * itemsize + 4 * hidden * 4) + 8 * hidden * (2 * hidden + 4_096) + 2**27
+
+
 def check_finite(part: RowStatistics, model: nn.Module, rows: Sequence[Row]) -> None:
     """Stop at rows whose states are not finite, and say why they may not be.
 
