@@ -138,6 +138,7 @@ class TransitionMeter:
         self._bases_ND, self._deviation = bases_ND, deviation
         self._transitions = transitions
         self._before_ND: Tensor | None = None
+        self._waiting_ND: Tensor | None = None  # the bases in main memory, while they are needed on the device
         self._deviation_RS = torch.zeros(num_rows, num_layers + 1, dtype=torch.float64)
         self._miss_RL = torch.zeros(num_rows, num_layers, dtype=torch.float64)
 
@@ -153,7 +154,11 @@ class TransitionMeter:
 
     def to(self, device: torch.device) -> None:
         """Move what is kept of the scored tokens: their bases, and their last state where moves are measured."""
-        self._bases_ND = self._bases_ND.to(device, non_blocking=device.type != "cpu")
+        if device.type == "cpu":
+            self._bases_ND = self._bases_ND.cpu() if self._waiting_ND is None else self._waiting_ND
+        else:
+            self._waiting_ND = self._bases_ND if self._bases_ND.device.type == "cpu" else None
+            self._bases_ND = self._bases_ND.to(device, non_blocking=True)
         if self._before_ND is not None:
             self._before_ND = self._before_ND.to(device, non_blocking=device.type != "cpu")
 

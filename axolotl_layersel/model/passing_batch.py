@@ -92,7 +92,7 @@ class Passing(Generic[B, R]):
             self.state_BTD = state_BTD
             return
         if self.room is None or self.room.shape != state_BTD.shape or self.room.dtype != state_BTD.dtype:
-            self.room = torch.empty_like(state_BTD, device="cpu", pin_memory=True)
+            self.room = torch.empty(state_BTD.shape, dtype=state_BTD.dtype, pin_memory=True)
         self.state_BTD = self.room.copy_(state_BTD, non_blocking=True)
 
 

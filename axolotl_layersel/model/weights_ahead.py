@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, nullcontext
 from typing import Any
 
@@ -31,6 +31,8 @@ def weights_in_turn(modules: Sequence[nn.Module], device: torch.device) -> Gener
                 if following is not None:
                     coming.append(fetcher.fetch(following))
                 yield module
+                # The next one has its memory before this one's is free: the GPU may still be computing with it.
+                wait(coming)
 
 
 class _Fetcher:
