@@ -143,6 +143,8 @@ def _split_beyond_scoring(cfg: Mapping[str, Any]) -> str | None:
         return "FSDP1 (`fsdp_version` is not 2) shards the model"
     if zero_stage(cfg) == 3:
         return "DeepSpeed ZeRO-3 partitions the model"
+    if isinstance(size := (_deepspeed(cfg).get("tensor_parallel") or {}).get("autotp_size"), int) and size > 1:
+        return f"`tensor_parallel: {{autotp_size: {size}}}` of `deepspeed` splits the model"
     for key in ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size"):
         value = cfg.get(key)
         if isinstance(value, int) and value > 1:
@@ -155,16 +157,21 @@ def _split_beyond_scoring(cfg: Mapping[str, Any]) -> str | None:
 
 def zero_stage(cfg: Mapping[str, Any]) -> int | None:
     """The ZeRO stage of axolotl's `deepspeed:`, a mapping or the path of a JSON file, or of `accelerate launch`."""
-    deepspeed = cfg.get("deepspeed")
-    if isinstance(deepspeed, str) and Path(deepspeed).is_file():
-        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-    if isinstance(deepspeed, Mapping):
-        stage = (deepspeed.get("zero_optimization") or {}).get("stage")
+    if block := _deepspeed(cfg):
+        stage = (block.get("zero_optimization") or {}).get("stage")
         return stage if isinstance(stage, int) else None
-    if "zero3" in str(deepspeed).lower():
+    if "zero3" in str(cfg.get("deepspeed")).lower():
         return 3
     launched = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
     return int(launched) if launched.isdecimal() else None
+
+
+def _deepspeed(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Axolotl's `deepspeed:`, read from its file; empty where there is none that can be read."""
+    block = cfg.get("deepspeed")
+    if isinstance(block, str) and Path(block).is_file():
+        block = json.loads(Path(block).read_text(encoding="utf-8"))
+    return block if isinstance(block, Mapping) else {}
 
 
 def _notes(cfg: Mapping[str, Any]) -> Iterator[str]:

@@ -27,6 +27,7 @@ from axolotl_layersel.integration.decide import draw_sample
 from axolotl_layersel.integration.prefix_guard import PrefixGuard
 from axolotl_layersel.integration.run_settings import cache_folder, settings_of
 from axolotl_layersel.integration.runnable_model import place, ready_to_run
+from axolotl_layersel.integration.scoring_way import check_whole
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import Plan, read_plan
 from axolotl_layersel.prefix_cache.folders import CacheFolder, clear_cache, list_caches
@@ -93,8 +94,9 @@ def compare(config: Path, overrides: Mapping[str, Any]) -> tuple[list[Choice], d
     }
 
     def visit(model: nn.Module) -> None:
-        place(model)
         stack = find_stack(model)
+        check_whole(settings, model, stack, what="`compare`")
+        place(model)
         about["num_layers"] = stack.num_layers
         sets = [rows for rows in (meta.train_dataset, meta.eval_dataset) if rows is not None]
         adapters = adapters_of(settings, model)

@@ -36,14 +36,13 @@ def scoring_way(
     Raises:
         ValueError: weights are nowhere on this process, or the config forbids the only way there is.
     """
-    device = torch.device("cpu") if settings.use_cpu else computing_device(model)
-    found, wanted = places(model, device), settings.options.layer_by_layer
+    device, found = _device_and_places(settings, model)
+    wanted = settings.options.layer_by_layer
     why = _only_way(found)
     if why is not None and wanted is False:
         raise ValueError(f"`layer_by_layer: false`, but {why}: set `layer_by_layer: auto`")
     if why is None and wanted == "auto":
-        free = torch.cuda.mem_get_info(device)[0] if "host" in found else 0
-        why = does_not_fit(model, stack, found, free=free, batch_tokens=settings.batch_tokens)
+        why = _too_large(settings, model, stack)
     if why is None and wanted is not True:
         return None
     keep = keep_bytes(settings)
@@ -57,6 +56,23 @@ def scoring_way(
     if "partitioned" not in found:
         return LayerByLayer(device, keep)
     return LayerByLayer(device, keep, anyone=lambda mine: any(processes.together(lambda: mine)))
+
+
+def check_whole(settings: RunSettings, model: nn.Module, stack: DecoderStack, *, what: str) -> None:
+    """Refuse what needs the whole model on the device where it does not fit.
+
+    Args:
+        what: is to be done with it.
+
+    Raises:
+        ValueError: with the reason and the command that scores such a model.
+    """
+    why = _only_way(_device_and_places(settings, model)[1]) or _too_large(settings, model, stack)
+    if why is not None:
+        raise ValueError(
+            f"{what} needs the whole model on the device, and {why}: `axolotl layersel score` brings one layer after "
+            "the other there"
+        )
 
 
 def keep_bytes(settings: RunSettings) -> int:
@@ -81,6 +97,17 @@ def telling_time(progress: Progress, *, rows: int, enabled: bool) -> Progress:
         progress(done, tokens)
 
     return advance
+
+
+def _device_and_places(settings: RunSettings, model: nn.Module) -> tuple[torch.device, set[Place]]:
+    device = torch.device("cpu") if settings.use_cpu else computing_device(model)
+    return device, places(model, device)
+
+
+def _too_large(settings: RunSettings, model: nn.Module, stack: DecoderStack) -> str | None:
+    device, found = _device_and_places(settings, model)
+    free = torch.cuda.mem_get_info(device)[0] if "host" in found else 0
+    return does_not_fit(model, stack, found, free=free, batch_tokens=settings.batch_tokens)
 
 
 def _only_way(found: set[Place]) -> str | None:

@@ -34,6 +34,8 @@ def find_obstacles(stack: DecoderStack, *, first_trainable: int, preference: boo
 
 def _obstacles(stack: DecoderStack, k: int, preference: bool, max_tokens: int) -> Iterator[str]:
     modules = list(below_the_cut(stack, first_trainable=k))
+    if any(parameter.is_meta for _, module in modules for parameter in module.parameters(recurse=False)):
+        yield "weights below the cut are offloaded (`device_map`, `max_memory`), and a cache moves them itself."
     noisy = [found for name, module in modules for found in _noise(name, module)]
     if noisy:
         yield (

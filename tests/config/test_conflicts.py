@@ -43,6 +43,7 @@ BASE = {"plugins": ["layersel"], "adapter": "lora", "lora_target_linear": True}
         ({"context_parallel": {"size": 4}}, "`context_parallel: {size: 4}` splits the input, so.*plan"),
         ({"sequence_parallel_degree": 2}, "sequence_parallel_degree: 2"),
         ({"expert_parallel_size": 2}, "expert_parallel_size: 2"),
+        ({"deepspeed": {"tensor_parallel": {"autotp_size": 4}}}, "autotp_size: 4}` of `deepspeed` splits the model"),
     ],
 )
 def test_a_conflict_says_what_to_change(changes: dict, message: str) -> None:

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from axolotl.integrations.base import PluginManager
 from axolotl_runs import make_dataset, make_model, plan_of, train, write_config
 from tiny import tiny_llama
 
 import axolotl_layersel._startup  # noqa: F401  # the alias, where the package is not installed
-from axolotl_layersel.integration.commands import score
+from axolotl_layersel.config.conflicts import find_conflicts
+from axolotl_layersel.integration.commands import compare, fill_cache, score
 from axolotl_layersel.integration.scoring_way import does_not_fit
 from axolotl_layersel.method.scoring_pass import scoring_bytes
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.plan_parts import Scores
+from axolotl_layersel.prefix_cache.state_store import PrefixCacheError
 
 # Two layers in main memory, four on the disk: as `device_map: auto` would do for a small GPU.
 PARTLY_ON_DISK = {
@@ -105,6 +108,35 @@ def test_offloaded_weights_are_refused_where_the_config_forbids_the_only_way(
         ValueError, match=r"`layer_by_layer: false`, but weights are offloaded .* `layer_by_layer: auto`"
     ):
         score(config, {})
+
+
+@pytest.mark.slow
+def test_what_needs_the_whole_model_is_refused_by_name(inputs: dict[str, Any], tmp_path: Path) -> None:
+    config = write_config(tmp_path, **inputs, device_map=PARTLY_ON_DISK, layersel={"num_samples": 16})
+    refused = r"`compare` needs the whole model on the device, and weights are offloaded .* `axolotl layersel score`"
+    with pytest.raises(ValueError, match=refused):
+        compare(config, {})
+    with pytest.raises(PrefixCacheError, match="weights below the cut are offloaded"):
+        fill_cache(config, {"layersel__first_layer": 3})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "split",
+    [{"tensor_parallel_size": 2}, {"context_parallel_size": 2}, {"expert_parallel_size": 2}],
+    ids=lambda split: next(iter(split)),
+)
+def test_the_command_that_a_refusal_names_scores_a_config_that_splits_the_model(
+    split: dict[str, int], inputs: dict[str, Any], usual: Scores, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, **inputs, layersel={"num_samples": 16}, **split)
+    written = yaml.safe_load(config.read_text(encoding="utf-8"))
+    (refusal,) = find_conflicts({**written, "axolotl_config_path": str(config)})
+    assert f"`axolotl layersel score {config}`" in refusal
+    plan, path = score(config, {})
+    assert _scores(plan).deviation == usual.deviation
+    assert f"`layersel: {{plan: {path}}}`" in refusal
+    assert find_conflicts({**written, "layersel": {"plan": str(path)}}) == []
 
 
 def test_a_model_fits_up_to_the_memory_that_it_and_its_scoring_take() -> None:
