@@ -85,14 +85,16 @@ def keep_bytes(settings: RunSettings) -> int:
 
 def telling_time(progress: Progress, *, rows: int, enabled: bool) -> Progress:
     """The same progress, and once a line with the time that is left, measured on the first layers."""
-    started, told = time.perf_counter(), not enabled
+    first: tuple[float, int] | None = None  # proving the model comes before it, and is not to count
+    told = not enabled
 
     def advance(done: int, tokens: int) -> None:
-        nonlocal told
-        if not told and _SAYS_AFTER * rows <= done < rows:
-            seconds = time.perf_counter() - started
-            left = seconds * (rows - done) / done
-            LOG.info(f"layersel: the first {done / rows:.0%} took {seconds:.0f} s, about {left:.0f} s are left")
+        nonlocal first, told
+        now = time.perf_counter()
+        first = first or (now, done)
+        if not told and _SAYS_AFTER * rows <= done - first[1] < rows:
+            left = (now - first[0]) * (rows - done) / (done - first[1])
+            LOG.info(f"layersel: the first layers are done, about {left:.0f} s are left")
             told = True
         progress(done, tokens)
 

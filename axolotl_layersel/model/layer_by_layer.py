@@ -92,19 +92,19 @@ def _entering(
 ) -> tuple[list[Passing[B, R]], bool]:
     """Take batches from `pending` as long as they may wait together; and whether memory ran out for the next."""
     group: list[Passing[B, R]] = []
-    a_layer = max(whole_bytes(layer) for layer in stack.layers)
+    kept, a_layer = 0, max(whole_bytes(layer) for layer in stack.layers)
     while pending:
         with _noting_lack(pending[0]) as lack:
             one = _enter(stack, pending[0], way=way, enter=enter, as_tuple=as_tuple)
         if lack.memory:
             return group, True
-        if group and sum(other.nbytes for other in (*group, one)) > way.keep_bytes:
+        kept += one.nbytes
+        if group and kept > way.keep_bytes:
             break
         group.append(one)
         del pending[0]
-        if sum(other.nbytes for other in group) > a_layer:
-            for other in group:
-                other.wait_in(torch.device("cpu"))
+        for other in group if kept > a_layer else []:
+            other.wait_in(torch.device("cpu"))
     return group, False
 
 

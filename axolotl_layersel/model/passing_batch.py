@@ -67,6 +67,8 @@ class Passing(Generic[B, R]):
 
     def wait_in(self, home: torch.device) -> None:
         """Wait there from now on."""
+        if home == self.home:
+            return
         self.home, moved = home, dict[int, Tensor]()
         self.calls = _map_tensors(self.calls, lambda tensor: _moved(tensor, home, moved))
         self.reader.to(home)

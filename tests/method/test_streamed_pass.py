@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from model_outcomes import rows
 from models import CASES, Case
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_llama_4bit
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -48,6 +48,11 @@ def _assert_equal(one: RowStatistics, other: RowStatistics) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_architecture_has_equal_scores(case: Case) -> None:
     model = case.model()
+    _assert_equal(_streamed(model), _whole(model))
+
+
+def test_weights_in_four_bits_have_equal_scores(tmp_path: Path) -> None:
+    model = tiny_llama_4bit(tmp_path, num_layers=4, vocab_size=128, hidden_size=64, intermediate_size=64).eval()
     _assert_equal(_streamed(model), _whole(model))
 
 
