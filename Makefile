@@ -18,6 +18,8 @@ FOUND    := $(shell $(PYTHON) $(WHERE) || PYENV_VERSION=$$(pyenv versions --bare
 MINOR    := $(and $(FOUND),$(shell $(FOUND) -c 'import sys; print("{}.{}".format(*sys.version_info))'))
 VENV     ?= .venv$(if $(CHOSEN),-$(MINOR))
 TORCH    ?= torch==$(if $(filter 3.10 3.11,$(MINOR)),2.13.0,2.14.1)
+ZERO_VENV ?= $(VENV)-deepspeed
+DEEPSPEED ?= deepspeed==0.19.8 ninja
 PIP_ARGS ?=
 ARGS     ?=
 MODEL    ?=
@@ -44,7 +46,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup where demo demo-qlora demo-model test test-fast lint clean
+.PHONY: help setup where demo demo-qlora demo-model test test-fast test-deepspeed lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -87,6 +89,23 @@ test: setup ## run the whole test suite on two workers; ARGS="-k name" picks tes
 test-fast: export OMP_NUM_THREADS ?= 1
 test-fast: setup ## run the tests that take seconds, for a change in one file; under two minutes
 	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+
+# DeepSpeed changes what transformers and accelerate import, so it has an environment of its own, laid over the other. Its
+# operators are compiled in the first run, which takes a C++ compiler; a run that was killed meanwhile leaves a lock.
+test-deepspeed: export TORCH_EXTENSIONS_DIR ?= $(abspath $(ZERO_VENV))/extensions
+test-deepspeed: export DS_ACCELERATOR ?= cpu
+test-deepspeed: export OMP_NUM_THREADS ?= 1
+test-deepspeed: $(ZERO_VENV)/.installed ## run the tests with DeepSpeed on the CPU, in an environment of their own
+	rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
+	PATH="$(abspath $(ZERO_VENV))/bin:$$PATH" $(ZERO_VENV)/bin/python -m pytest tests/integration/test_deepspeed.py $(ARGS)
+
+$(ZERO_VENV)/.installed: $(VENV)/.installed
+	test -x $(ZERO_VENV)/bin/python || $(PY) -m venv --without-pip $(ZERO_VENV)
+	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	    > "$$($(ZERO_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	DS_BUILD_OPS=0 $(PY) -m pip --python $(ZERO_VENV)/bin/python install --quiet --no-compile --no-build-isolation \
+	    $(PIP_ARGS) $(DEEPSPEED)
+	@touch $@
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -124,6 +124,8 @@ def sharded(cfg: Mapping[str, Any]) -> str | None:
     """Why the model of this config is not whole on a process while it trains, or None."""
     if fsdp_version(cfg):
         return "FSDP shards the model"
+    if zero_stage(cfg) == 3:
+        return "DeepSpeed ZeRO-3 partitions the model"
     return _split_beyond_scoring(cfg)
 
 
@@ -141,8 +143,6 @@ def _split_beyond_scoring(cfg: Mapping[str, Any]) -> str | None:
     """Why no process can run the model of this config before training starts, or None."""
     if fsdp_version(cfg) == 1:
         return "FSDP1 (`fsdp_version` is not 2) shards the model"
-    if zero_stage(cfg) == 3:
-        return "DeepSpeed ZeRO-3 partitions the model"
     if isinstance(size := (_deepspeed(cfg).get("tensor_parallel") or {}).get("autotp_size"), int) and size > 1:
         return f"`tensor_parallel: {{autotp_size: {size}}}` of `deepspeed` splits the model"
     for key in ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size"):

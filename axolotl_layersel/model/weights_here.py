@@ -73,7 +73,7 @@ def weights_here(
                     block.enter_context(_fetched(part, hook))
         partitioned = [p for p in _parameters(parts) if _is_away(p)]
         if partitioned:
-            from deepspeed.zero import GatheredParameters
+            from deepspeed.runtime.zero import GatheredParameters
 
             block.enter_context(GatheredParameters(partitioned, modifier_rank=None))
         block.enter_context(_copied(parts, device))

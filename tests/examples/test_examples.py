@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axolotl_runs import environment
-from example_stand_ins import NUM_LAYERS, RERUN, STAND_INS, examples
+from axolotl_runs import environment, plan_of, train
+from example_stand_ins import NUM_LAYERS, RERUN, STAND_INS, examples, sharded_example, trained_layers
 
 pytestmark = pytest.mark.slow
 
 HEADER = ("Prerequisite:", "Command:", "Time:", "Output:")
 
 
-def test_there_are_ten_examples_and_each_has_a_stand_in() -> None:
+def test_there_are_twelve_examples_and_each_has_a_stand_in() -> None:
     assert sorted(path.stem for path in examples()) == sorted(STAND_INS)
-    assert len(STAND_INS) == 10
+    assert len(STAND_INS) == 12
 
 
 @pytest.mark.parametrize("path", examples(), ids=lambda p: p.stem)
@@ -70,7 +70,7 @@ def test_a_stand_in_trains_two_steps_of_exactly_the_plan_s_layers(name: str, res
     assert results[name]["layers"] == plan["trainable_layers"]
     assert results[name]["steps"] == 2
     scored = plan["scores"] is not None
-    assert scored == (name not in ("mistral-7b-dpo-lora", "llama-3.1-8b-lora-fsdp2"))
+    assert scored == (name != "mistral-7b-dpo-lora")
 
 
 @pytest.mark.parametrize("name", RERUN)
@@ -82,3 +82,15 @@ def test_a_run_from_the_recipe_trains_the_same_layers(name: str, kind: str, resu
 
 def test_the_budget_of_a_quarter_trains_one_layer_of_four(results: dict[str, Any]) -> None:
     assert results["llama-3.2-3b-qlora-budget"]["layers"] == [3]
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b-lora-fsdp2", "llama-3.1-70b-qlora-fsdp2"])
+def test_an_fsdp2_example_scores_and_trains_on_two_processes(name: str, tmp_path: Path) -> None:
+    """The ZeRO-3 example is trained in `test_deepspeed.py`."""
+    run = train(sharded_example(name, tmp_path), launcher="torchrun", processes=2).check()
+    plan = plan_of(tmp_path / "out")
+    assert plan["scores"] is not None
+    assert trained_layers(tmp_path, tmp_path / "model", "lora") == plan["trainable_layers"]
+    assert run.log.count(f"proved in the first step: the backward pass stops at layer {plan['first_trainable']}") == 2
+    assert "test: trained False: " in run.log  # it was sharded
+    assert len(run.losses) == 2

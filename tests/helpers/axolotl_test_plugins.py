@@ -14,6 +14,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from axolotl.integrations.base import BasePlugin
+from axolotl.loaders.model import ModelLoader
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import TrainerCallback
 
@@ -49,8 +50,9 @@ class CpuShards(BasePlugin):
     """FSDP over processes on the CPU, joined by gloo; listed before `CpuProcesses`.
 
     accelerate 1.13 asks for an accelerator before it looks at the FSDP plugin (`state.py`, `AcceleratorState`), and
-    axolotl 0.19 makes its device mesh of CUDA devices (`utils/distributed.py`). This says that there is an accelerator,
-    and makes the mesh of CPUs.
+    axolotl 0.19 makes its device mesh of CUDA devices (`utils/distributed.py`) and loads 4-bit weights onto accelerator
+    number LOCAL_RANK (`loaders/model.py`). This says that there is an accelerator, makes the mesh of CPUs, and loads
+    onto the CPU.
     """
 
     def register(self, cfg: Any) -> None:
@@ -64,6 +66,14 @@ class CpuShards(BasePlugin):
         PartialState.set_device = set_device_and_type
         build = ParallelismConfig.build_device_mesh
         ParallelismConfig.build_device_mesh = lambda self, device_type: build(self, "cpu")
+        set_device_map = ModelLoader._set_device_map_config
+
+        def set_device_map_to_cpu(loader: Any) -> None:
+            set_device_map(loader)
+            if "device_map" in loader.model_kwargs:
+                loader.model_kwargs["device_map"] = {"": "cpu"}
+
+        ModelLoader._set_device_map_config = set_device_map_to_cpu
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """Say in the log what is sharded, so that a test can tell."""
@@ -81,6 +91,21 @@ class _SayShards(TrainerCallback):
             shards = [p for p in model.parameters() if p.requires_grad == trained]
             here = sum(p.to_local().numel() for p in shards)
             print(f"test: trained {trained}: {here} of {sum(p.numel() for p in shards)} numbers are here", flush=True)
+
+
+class CpuZero(BasePlugin):
+    """DeepSpeed over processes on the CPU, joined by gloo; listed before `CpuProcesses`.
+
+    DeepSpeed counts only the processes that it has joined itself, which accelerate lets it do on accelerators alone;
+    and accelerate takes the run for one of DeepSpeed as long as it is not told that it is on the CPU.
+    """
+
+    def register(self, cfg: Any) -> None:
+        """The first hook; transformers joins the processes once more later."""
+        import deepspeed.comm
+
+        deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
 
 
 class RayOnCpu(BasePlugin):

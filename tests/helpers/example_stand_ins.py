@@ -1,9 +1,9 @@
 """Run every example config on a tiny stand-in of its model; `test_examples.py` starts this in a process of its own.
 
 A stand-in keeps the config and replaces what needs the network or a GPU: the model by a tiny one of its architecture,
-the data by rows of its type, attention kernels, mixed precision and 8-bit optimizers by what a CPU runs. FSDP's keys
-are dropped, since one process trains. All runs share one process, because importing axolotl takes longer than
-training; `results.json` tells how each of them ended.
+the data by rows of its type, attention kernels, mixed precision and 8-bit optimizers by what a CPU runs. The keys of
+FSDP and DeepSpeed are dropped, since one process trains, but `sharded_example` keeps them for several. All runs share
+one process, because importing axolotl takes longer than training; `results.json` tells how each of them ended.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class StandIn:
 STAND_INS = {
     "gemma-3-4b-lora": StandIn("Gemma3", eos="<eos>"),
     "llama-3.1-8b-lora": StandIn("Llama"),
+    "llama-3.1-70b-qlora-fsdp2": StandIn("Llama"),
+    "llama-3.1-8b-full-zero3": StandIn("Llama"),
     "llama-3.1-8b-lora-fsdp2": StandIn("Llama"),
     "llama-3.1-8b-qlora-24gb": StandIn("Llama"),
     "llama-3.2-1b-qlora": StandIn("Llama", {"tie_word_embeddings": True}),
@@ -158,7 +160,7 @@ def stand_in_config(config: dict[str, Any], model: Path, data: Path, folder: Pat
         "save_steps": 2,
         **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),
     }
-    left_out = {"evals_per_epoch", "saves_per_epoch", "attn_implementation", "fsdp_version", "fsdp_config"}
+    left_out = {"evals_per_epoch", "saves_per_epoch", "attn_implementation", "deepspeed", "fsdp_version", "fsdp_config"}
     block = {**(config.get("layersel") or {}), "report": False}  # figures have tests of their own
     if block.get("first_layer") is not None:
         block["first_layer"] = NUM_LAYERS // 2
@@ -234,6 +236,23 @@ def run_example(path: Path, folder: Path) -> dict[str, Any]:
         if path.stem in RERUN:
             result |= rerun(stand_in, model, folder)
     return result
+
+
+def sharded_example(name: str, folder: Path) -> Path:
+    """The file of a stand-in's config that several processes can train on the CPU, sharded as in the example."""
+    config = yaml.safe_load((EXAMPLES / f"{name}.yml").read_text(encoding="utf-8"))
+    model = make_stand_in(STAND_INS[name], folder / "model")
+    made = stand_in_config(config, model, make_rows(config["datasets"][0]["type"], folder), folder)
+    if "deepspeed" in config:
+        del made["use_cpu"]  # accelerate leaves DeepSpeed to accelerators
+        made["deepspeed"] = {**config["deepspeed"], "bf16": {"enabled": False}}
+    else:
+        made |= {key: config[key] for key in ("fsdp_version", "fsdp_config")}
+    harness = "CpuZero" if "deepspeed" in config else "CpuShards"
+    made["plugins"] = [f"axolotl_test_plugins.{part}" for part in (harness, "CpuProcesses")] + config["plugins"]
+    path = folder / "config.yml"
+    path.write_text(yaml.safe_dump(made), encoding="utf-8")
+    return path
 
 
 def rerun(config: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
