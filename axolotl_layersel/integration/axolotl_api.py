@@ -114,15 +114,18 @@ def checkpoint_to_resume(cfg: Any) -> str | None:
     return found
 
 
-def lost_adapters(checkpoint: Path) -> str | None:
-    """Why the adapters of an FSDP2 checkpoint would be resumed in part only, or None.
+def saves_part_of_adapters() -> bool:
+    """Whether FSDP2 checkpoints with FULL_STATE_DICT hold the first process's shards of the adapters alone.
 
-    accelerate 1.13 and 1.14, which axolotl 0.19 runs on, write the first process's shards of adapters alone where
-    `state_dict_type` is FULL_STATE_DICT, and on resuming leave those of the others as they were initialised. Read and
-    run: `accelerate.utils.fsdp_utils`, 1.13; read: 1.14, and 1.15, which gathers them.
+    accelerate 1.13, which axolotl 0.19 pins, and 1.14 write them so, and on resuming leave the shards of the others as
+    they were initialised. Read and run: `accelerate.utils.fsdp_utils`, 1.13; read: 1.14, and 1.15, which gathers.
     """
-    written = checkpoint / "pytorch_model_fsdp.bin"
-    if not written.is_file() or version("accelerate") not in SpecifierSet("<1.15"):
+    return version("accelerate") in SpecifierSet("<1.15")
+
+
+def lost_adapters(checkpoint: Path) -> str | None:
+    """Why the adapters of an FSDP2 checkpoint would be resumed in part only, or None."""
+    if not saves_part_of_adapters() or not (checkpoint / "pytorch_model_fsdp.bin").is_file():
         return None
     return (
         f"the checkpoint {str(checkpoint)!r} holds the first process's share of the adapters alone, as accelerate "

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import torch
 
-from axolotl_layersel.config.conflicts import find_notes, sharded, trains_embeddings, zero_stage
+from axolotl_layersel.config.conflicts import find_notes, fsdp_version, sharded, trains_embeddings, zero_stage
 from axolotl_layersel.config.options import LayerSelOptions
 from axolotl_layersel.config.prefix_cache import cache_obstacles
 from axolotl_layersel.cost.cut_cost import StepShape
+from axolotl_layersel.integration import axolotl_api
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.plan import PLAN_FILE, PLAN_FOLDER
 from axolotl_layersel.training.trainable_parameters import resolve_train_head
@@ -129,8 +130,19 @@ def settings_of(cfg: Any) -> RunSettings:
         resume_from_checkpoint=cfg.resume_from_checkpoint,
         auto_resume=bool(cfg.auto_resume_from_checkpoints),
         cache_obstacles=tuple(cache_obstacles(cfg)),
-        notes=tuple(find_notes(cfg)),
+        notes=(*find_notes(cfg), *_notes_of_versions(cfg)),
     )
+
+
+def _notes_of_versions(cfg: Any) -> list[str]:
+    """What the user should know about this config with the versions that are installed."""
+    in_full = (cfg.fsdp_config or {}).get("state_dict_type") == "FULL_STATE_DICT"
+    if not (in_full and cfg.adapter and fsdp_version(cfg) == 2 and axolotl_api.saves_part_of_adapters()):
+        return []
+    return [
+        "`state_dict_type: FULL_STATE_DICT`: checkpoints of this run will hold the first process's share of the "
+        "adapters alone, so it cannot be resumed; with SHARDED_STATE_DICT it can. The adapter at the end is whole."
+    ]
 
 
 def options_of(cfg: Mapping[str, Any]) -> LayerSelOptions:

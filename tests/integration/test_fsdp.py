@@ -27,6 +27,7 @@ from axolotl_runs import (
 )
 from safetensors.torch import load_file
 
+from axolotl_layersel.integration import axolotl_api
 from axolotl_layersel.integration.output_folder import LOCK_FILE, claim_folder, release_folders
 
 pytestmark = pytest.mark.slow
@@ -140,6 +141,8 @@ def test_processes_that_all_hold_the_weights_share_the_rows(
     assert plan["scores"]["deviation"] == pytest.approx(alone["scores"]["deviation"], abs=1e-6)
     assert plan["trainable_layers"] == alone["trainable_layers"]
     assert re.search(r"scoring layers: 7/7 rows", run.log)  # seven for one process, six for the other
+    told = any("so it cannot be resumed; with SHARDED_STATE_DICT it can" in note for note in plan["notes"])
+    assert told == axolotl_api.saves_part_of_adapters()
     assert run.log.count("proved in the first step") == 2
 
 

@@ -18,6 +18,7 @@ from axolotl_runs import UNINTERRUPTED, write_config
 from transformers import AutoModelForCausalLM
 
 import axolotl_layersel._startup  # noqa: F401  # the alias, where the package is not installed
+from axolotl_layersel.integration import axolotl_api
 from axolotl_layersel.integration.decide import decide
 from axolotl_layersel.integration.processes import Processes
 from axolotl_layersel.integration.run_settings import settings_of
@@ -93,3 +94,19 @@ def test_a_checkpoint_without_a_plan_is_refused(tmp_path: Path, output: Path, ru
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path, output: Path, run_inputs: dict[str, Path]) -> None:
     with pytest.raises(PlanError, match="the plan of the checkpoint was made for adapter 'lora', this run has None"):
         _decide(tmp_path, run_inputs, adapter=None, lora_target_linear=None)
+
+
+def test_an_fsdp2_checkpoint_with_a_part_of_the_adapters_is_refused(
+    tmp_path: Path, output: Path, run_inputs: dict[str, Path]
+) -> None:
+    """As accelerate 1.13 writes it with FULL_STATE_DICT; what it writes with SHARDED_STATE_DICT is a folder."""
+    (output / "checkpoint-8" / "pytorch_model_fsdp_0").mkdir()
+    assert _decide(tmp_path, run_inputs) == read_plan(output)
+    (output / "checkpoint-8" / "pytorch_model_fsdp.bin").touch()
+    if not axolotl_api.saves_part_of_adapters():
+        assert _decide(tmp_path, run_inputs) == read_plan(output)
+        return
+    with pytest.raises(
+        PlanError, match="checkpoint-8' holds the first process's share of the adapters alone.*lora_model_dir"
+    ):
+        _decide(tmp_path, run_inputs)
