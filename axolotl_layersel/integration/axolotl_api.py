@@ -130,7 +130,7 @@ def lost_adapters(checkpoint: Path) -> str | None:
     return (
         f"the checkpoint {str(checkpoint)!r} holds the first process's share of the adapters alone, as accelerate "
         f"{version('accelerate')} writes it with `state_dict_type: FULL_STATE_DICT`: resumed, the rest would start "
-        f"afresh. Go on from all of its adapters with `lora_model_dir: {checkpoint}` and `layersel: {{plan: "
+        f"afresh. Start anew from all of its adapters with `lora_model_dir: {checkpoint}` and `layersel: {{plan: "
         f"{checkpoint}/layersel/plan.json}}` (the optimizer starts afresh), and set `fsdp_config: {{state_dict_type: "
         "SHARDED_STATE_DICT}`, whose checkpoints are whole"
     )
