@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -67,6 +69,12 @@ def test_a_longer_pilot_is_taken_more_at_its_word() -> None:
     assert kept == [pytest.approx(0.6**power) for power in PILOT_POWER]
     between = float(pilot_law(_pilot(steps=11)).curve(SHARE_L)[10])
     assert kept[1] < between < kept[0]
+
+
+def test_a_model_that_has_learned_little_gets_a_wider_band() -> None:
+    known, tiny = (pilot_law(replace(_pilot(), base_loss=loss)) for loss in (2.0, 5.5))
+    assert np.log(tiny.factor) == pytest.approx(2 * np.log(known.factor))
+    assert (tiny.curve(SHARE_L) == known.curve(SHARE_L)).all()
 
 
 def test_the_forward_pass_alone_has_the_wider_band_and_stays_within_the_losses_seen() -> None:
