@@ -36,9 +36,9 @@ FORWARD_LAW = ((3.6, 0.70, 0.5), (4.8, 0.052, 0.78))
 # Steps of a pilot -> the power that its retention is raised to, because a shorter training leans more on the layers
 # below the cut, and the standard deviation of ln(-ln retention) around the law: six tasks of SmolLM2, runs of 40 steps.
 PILOT_STEPS, PILOT_POWER, PILOT_SPREAD = (8, 15, 40), (0.68, 0.82, 1.0), (0.29, 0.24, 0.24)
-# (Loss before training, times that spread): on a tiny model at 5.4 to 6.4 nats, which had no part in the above, the
+# Loss before training -> times that spread: on a tiny model at 5.4 to 6.4 nats, which had no part in the above, the
 # power of pilots of 8 steps has the same mean over tasks and twice the spread.
-PILOT_SPREAD_FACTOR = ((3.6, 1.0), (4.8, 2.0))
+PILOT_LOSSES, PILOT_SPREAD_FACTOR = (3.6, 4.8), (1.0, 2.0)
 FLOOR = 1e-3  # a share is kept this far from 0 and 1 before its logarithm is taken
 KNOWN_LAYERS, KNOWN_LOSSES, KNOWN_FAMILIES = (12, 30), (1.6, 6.6), ("llama", "gpt_neox")
 UNFAMILIAR_FACTOR = 1.5  # for each thing that was never seen; a guess
@@ -84,7 +84,7 @@ def pilot_law(pilot: Pilot) -> RetentionLaw:
     steps = np.log(PILOT_STEPS)
     power = float(np.interp(math.log(pilot.steps), steps, PILOT_POWER))
     spread = float(np.interp(math.log(pilot.steps), steps, PILOT_SPREAD))
-    spread *= float(np.interp(pilot.base_loss, *zip(*PILOT_SPREAD_FACTOR, strict=True)))
+    spread *= float(np.interp(pilot.base_loss, PILOT_LOSSES, PILOT_SPREAD_FACTOR))
     kept = _inside(point.retention)
     at_least = _inside(point.retention - NINE_OF_TEN * point.retention_stderr)
     noise = math.log(at_least) / math.log(kept)
