@@ -67,7 +67,8 @@ def test_a_stand_in_trains_two_steps_of_exactly_the_plan_s_layers(name: str, res
     assert results[name]["trained"] == ""
     plan = results[name]["plan"]
     assert plan["num_layers"] == NUM_LAYERS
-    assert results[name]["layers"] == plan["trainable_layers"]
+    beside = [-1] if name == "llama-3.1-8b-full-zero3" else []  # full fine-tuning trains norm and an untied head too
+    assert results[name]["layers"] == beside + plan["trainable_layers"]
     assert results[name]["steps"] == 2
     scored = plan["scores"] is not None
     assert scored == (name != "mistral-7b-dpo-lora")
