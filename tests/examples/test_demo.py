@@ -355,7 +355,7 @@ def test_the_two_configs_differ_in_the_four_bits_and_the_folder_alone() -> None:
 def test_the_readme_of_the_configs_names_each_once() -> None:
     text = (ROOT / "example_configs" / "README.md").read_text(encoding="utf-8")
     names = [path.name for path in sorted((ROOT / "example_configs").glob("*.yml"))]
-    assert len(names) == 12
+    assert len(names) == 14
     assert {name: text.count(f"[{name}]({name})") for name in names} == dict.fromkeys(names, 1)
 
 
