@@ -415,22 +415,24 @@ def test_states_are_what_layer_k_is_given() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_model_trains_on_cached_states(checkpointing: bool) -> None:
-    model, data = lora(tiny_llama(use_cache=False)), rows()
+    """In float64: in float32 one row here turns rounding of 5e-8 in its states into 3e-5 of a gradient."""
+    model, data = lora(tiny_llama(use_cache=False)).double(), rows()
     stack = find_stack(model)
     stop_backward(model, layers=stack.layers, first_trainable=CUT)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batches = [padded_batch(data[:3]), padded_batch(data[3:]), padded_batch(data[1:4]), packed_batch(data[2:5])]
     whole = [step(model, batch) for batch in batches]
-    cached = cache(model, data)
+    cached = cache(model, data, store=MemoryStore(width=32, dtype=torch.float64))
     cached.install()
     calls = count_calls(model)
     compiled = torch.compile(model, backend="aot_eager")
     try:
         for batch, expected in zip(batches, whole, strict=True):
             loss, gradients = step(compiled, batch)
-            found = (loss, {n.removeprefix("_orig_mod."): g for n, g in gradients.items()})
-            same(found, expected, 8 * cached.tolerance)  # compiling rounds differently once more
+            same(
+                (loss, {n.removeprefix("_orig_mod."): g for n, g in gradients.items()}), expected, 4 * cached.tolerance
+            )
     finally:
         torch.compiler.reset()
     assert (cached.hits, cached.misses) == (4, 0)
