@@ -25,6 +25,7 @@ from axolotl_runs import (
     train_command,
     write_config,
 )
+from example_stand_ins import trained_layers
 from safetensors.torch import load_file
 
 from axolotl_layersel.integration import axolotl_api
@@ -86,15 +87,13 @@ def test_the_process_that_holds_the_weights_scores_as_one_process_does(
     )
 
 
-def test_adapters_and_frozen_weights_are_sharded(lora: tuple[Path, Finished]) -> None:
+def test_adapters_and_frozen_weights_are_sharded(lora: tuple[Path, Finished], run_inputs: dict[str, Path]) -> None:
     for trained in (True, False):
         shares = _here(lora[1], trained=trained)
         assert len(shares) == 2
         assert sum(here for here, _ in shares) == shares[0][1]
         assert all(0.4 * whole < here < 0.6 * whole for here, whole in shares)
-    saved = load_file(lora[0] / "adapter_model.safetensors")
-    layers = {int(re.search(r"layers\.(\d+)\.", name)[1]) for name in saved}  # type: ignore[index]
-    assert sorted(layers) == plan_of(lora[0])["trainable_layers"]
+    assert trained_layers(lora[0].parent, run_inputs["model"], "lora") == plan_of(lora[0])["trainable_layers"]
 
 
 def test_a_resumed_run_goes_on_with_the_plan_and_the_losses(
