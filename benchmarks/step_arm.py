@@ -35,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 16,
         "vocab_size": 128256,
         "num_attention_heads": 32,
+        "num_key_value_heads": 8,
         "tie_word_embeddings": True,
     },
     "llama-3.1-8b": {
@@ -43,6 +44,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "vocab_size": 128256,
         "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-3.1-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "vocab_size": 128256,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
     },
 }
 ADAPTERS = {"lora": "lora", "qlora": "qlora", "full": None}
@@ -108,6 +118,12 @@ def read_config(model: str) -> PretrainedConfig:
     return AutoConfig.from_pretrained(model).get_text_config()
 
 
+def random_model(config: PretrainedConfig, *, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """A causal language model whose weights are drawn on the device: on a GPU that takes seconds."""
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 class Trainee:
     """A model, its optimizer and its batches."""
 
@@ -119,8 +135,7 @@ class Trainee:
             torch.cuda.set_device(self.device)
         config = read_config(setting.model)
         torch.manual_seed(SEED)
-        with self.device:
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[setting.dtype])
+        self.model = random_model(config, device=self.device, dtype=DTYPES[setting.dtype])
         self.model.config.use_cache = False
         self.model.train()
         if setting.mode == "qlora":

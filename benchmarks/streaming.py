@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from step_arm import DTYPES, PRESETS, random_model, read_config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -33,37 +32,6 @@ from axolotl_layersel.method.transition import RowStatistics
 from axolotl_layersel.model.decoder_stack import find_stack
 from axolotl_layersel.model.latent_states import left_as_found
 from axolotl_layersel.model.layer_by_layer import LayerByLayer
-
-SHAPES = {  # layers, hidden size, MLP size, heads, key-value heads, vocabulary
-    "small": (8, 256, 704, 8, 4, 2_048),
-    "llama-3.2-1b": (16, 2_048, 8_192, 32, 8, 128_256),
-    "llama-3.1-8b": (32, 4_096, 14_336, 32, 8, 128_256),
-    "llama-3.1-70b": (80, 8_192, 28_672, 64, 8, 128_256),
-}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def build(shape: str, layers: int | None, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A Llama of that shape with random weights, on the device."""
-    depth, hidden, mlp, heads, key_heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        num_hidden_layers=layers or depth,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=8_192,
-        dtype=dtype,
-    )
-    torch.manual_seed(0)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(usual)
 
 
 def random_rows(count: int, length: int, vocabulary: int) -> list[Row]:
@@ -102,7 +70,7 @@ def differences(one: RowStatistics, other: RowStatistics) -> str:
 def main() -> None:
     """Build, score in every way, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="small")
+    parser.add_argument("--model", choices=PRESETS, default="small")
     parser.add_argument("--layers", type=int, help="other than the model's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -117,9 +85,12 @@ def main() -> None:
     options = parser.parse_args()
 
     device, began = torch.device(options.device), time.perf_counter()
-    model = build(options.model, options.layers, device=device, dtype=DTYPES[options.dtype])
+    config = read_config(options.model)
+    config.num_hidden_layers = options.layers or config.num_hidden_layers
+    torch.manual_seed(0)
+    model = random_model(config, device=device, dtype=DTYPES[options.dtype]).eval()
     stack = find_stack(model)
-    rows = random_rows(options.rows, options.sequence, SHAPES[options.model][-1])
+    rows = random_rows(options.rows, options.sequence, config.vocab_size)
     weights, tokens = sum(p.nbytes for p in model.parameters()), sum(len(row.input_ids) for row in rows)
     layer = sum(p.nbytes for p in stack.layers[0].parameters())
     head = stack.head.weight.nbytes

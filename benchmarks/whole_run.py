@@ -50,9 +50,9 @@ from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
 from axolotl.integrations.base import BasePlugin
-from step_arm import PRESETS, read_config
+from step_arm import PRESETS, random_model, read_config
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 
 HERE = Path(__file__).parent
 CLOCK_FILE = "clock.json"
@@ -299,9 +299,8 @@ def write_inputs(folder: Path, options: argparse.Namespace, *, layers: Sequence[
 
 
 def _save_random(config: Any, device: str, folder: Path) -> None:
-    """Random weights; in bf16 for a GPU, where they are drawn in seconds."""
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    """Random weights; in bf16 for a GPU."""
+    model = random_model(config, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     model.to("cpu").save_pretrained(folder)
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -345,7 +344,7 @@ def run(
     layers: int,
     checkpointing: bool,
 ) -> dict[str, Any]:
-    """Train once; CPU seconds."""
+    """Train once; what the clock saw, in seconds and bytes."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     config: dict[str, Any] = {
