@@ -25,7 +25,7 @@ _SAYS_AFTER = 0.05  # of the work: then the rest of the time can be told
 def scoring_way(
     settings: RunSettings, model: nn.Module, stack: DecoderStack, *, processes: Processes
 ) -> LayerByLayer | None:
-    """How to run the model layer by layer, or None where whole forward passes do; the log says which layers wait why.
+    """How to run the model layer by layer, or None where whole forward passes do; the log says why.
 
     Args:
         settings: of the run.
@@ -42,7 +42,7 @@ def scoring_way(
     if why is not None and wanted is False:
         raise ValueError(f"`layer_by_layer: false`, but {why}: set `layer_by_layer: auto`")
     if why is None and wanted == "auto":
-        why = _too_large(settings, model, stack)
+        why = _too_large(settings, model, stack, device, found)
     if why is None and wanted is not True:
         return None
     keep = keep_bytes(settings)
@@ -67,7 +67,8 @@ def check_whole(settings: RunSettings, model: nn.Module, stack: DecoderStack, *,
     Raises:
         ValueError: with the reason and the command that scores such a model.
     """
-    why = _only_way(_device_and_places(settings, model)[1]) or _too_large(settings, model, stack)
+    device, found = _device_and_places(settings, model)
+    why = _only_way(found) or _too_large(settings, model, stack, device, found)
     if why is not None:
         raise ValueError(
             f"{what} needs the whole model on the device, and {why}: `axolotl layersel score` brings one layer after "
@@ -106,8 +107,9 @@ def _device_and_places(settings: RunSettings, model: nn.Module) -> tuple[torch.d
     return device, places(model, device)
 
 
-def _too_large(settings: RunSettings, model: nn.Module, stack: DecoderStack) -> str | None:
-    device, found = _device_and_places(settings, model)
+def _too_large(
+    settings: RunSettings, model: nn.Module, stack: DecoderStack, device: torch.device, found: set[Place]
+) -> str | None:
     free = torch.cuda.mem_get_info(device)[0] if "host" in found else 0
     return does_not_fit(model, stack, found, free=free, batch_tokens=settings.batch_tokens)
 

@@ -14,18 +14,17 @@ A decoder layer that takes more from the layer before it than the hidden state c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from axolotl_layersel.log import LOG
 from axolotl_layersel.model.decoder_stack import DecoderStack, given_state, unwrap
-from axolotl_layersel.model.memory import TooLargeError, out_of_memory
-from axolotl_layersel.model.passing_batch import STATE, B, Passing, R, Rows
+from axolotl_layersel.model.memory import halved, noting_lack
+from axolotl_layersel.model.passing_batch import STATE, B, Passing, R
 from axolotl_layersel.model.replaced_forward import replaced_forward
 from axolotl_layersel.model.weights_ahead import weights_in_turn
 from axolotl_layersel.model.weights_here import weights_here, whole_bytes
@@ -78,8 +77,7 @@ def run_layers(
             done += size
             yield from ((one.batch, one.reader) for one in group)
         else:
-            LOG.warning("out of memory: this batch and all after it are halved")
-            pending = [half for batch in (*(one.batch for one in group), *pending) for half in batch.halves()]
+            pending = halved([*(one.batch for one in group), *pending], _halves)
         group.clear()  # before the next one fills memory
 
 
@@ -94,7 +92,7 @@ def _entering(
     group: list[Passing[B, R]] = []
     kept, a_layer = 0, max(whole_bytes(layer) for layer in stack.layers)
     while pending:
-        with _noting_lack(pending[0]) as lack:
+        with noting_lack(pending[0], _halves) as lack:
             one = _enter(stack, pending[0], way=way, enter=enter, as_tuple=as_tuple)
         if lack.memory:
             return group, True
@@ -149,13 +147,13 @@ def _through_all(
     passed: Callable[[int], None],
 ) -> bool:
     """Let a group pass all layers; False where memory ran out on some process."""
-    with closing(_in_turn(stack.layers, way)) as turns:
+    with closing(weights_in_turn(stack.layers, way.device, ahead=way.ahead)) as turns:
         for index in range(stack.num_layers):
             if way.anyone(ran_out):
                 return False
             layer = next(turns)
             for one in group:
-                with _noting_lack(one.batch) as lack:
+                with noting_lack(one.batch, _halves) as lack:
                     one.through(index, layer, way.device)
                 if ran_out := lack.memory:
                     break
@@ -163,30 +161,5 @@ def _through_all(
     return not way.anyone(ran_out)
 
 
-def _in_turn(layers: Sequence[nn.Module], way: LayerByLayer) -> Generator[nn.Module, None, None]:
-    """The layers, each with its weights on the device until the next one is asked for."""
-    if way.ahead:
-        yield from weights_in_turn(layers, way.device)
-        return
-    for layer in layers:
-        with weights_here([layer], way.device):
-            yield layer
-
-
-@dataclass
-class _Lack:
-    memory: bool = False
-
-
-@contextmanager
-def _noting_lack(batch: Rows) -> Iterator[_Lack]:
-    """Note where memory runs out for a batch; an error where it is one row."""
-    lack = _Lack()
-    try:
-        yield lack
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        if len(batch.halves()) == 1:
-            raise TooLargeError(batch, error) from error
-        lack.memory = True
+def _halves(batch: B) -> list[B]:
+    return batch.halves()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -41,14 +43,40 @@ def halving_batches(
     pending = list(batches)
     while pending:
         batch = pending.pop(0)
-        try:
+        with noting_lack(batch, halves) as lack:
             result = work(batch)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            if len(halves(batch)) == 1:
-                raise TooLargeError(batch, error) from error
-            LOG.warning("out of memory: this batch and all after it are halved")
-            pending = [half for b in (batch, *pending) for half in halves(b)]
+        if lack.memory:
+            pending = halved([batch, *pending], halves)
         else:
             yield batch, result
+
+
+@dataclass
+class Lack:
+    """Whether memory ran out."""
+
+    memory: bool = False
+
+
+@contextmanager
+def noting_lack(batch: B, halves: Callable[[B], Sequence[B]]) -> Iterator[Lack]:
+    """Note where memory runs out for a batch, and go on.
+
+    Raises:
+        TooLargeError: the batch is one row.
+    """
+    lack = Lack()
+    try:
+        yield lack
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        if len(halves(batch)) == 1:
+            raise TooLargeError(batch, error) from error
+        lack.memory = True
+
+
+def halved(batches: Sequence[B], halves: Callable[[B], Sequence[B]]) -> list[B]:
+    """The batches in halves, with a word in the log."""
+    LOG.warning("out of memory: this batch and all after it are halved")
+    return [half for batch in batches for half in halves(batch)]

@@ -13,13 +13,16 @@ from torch import nn
 from axolotl_layersel.model.weights_here import places, weights_here
 
 
-def weights_in_turn(modules: Sequence[nn.Module], device: torch.device) -> Generator[nn.Module, None, None]:
-    """Yield each module with its weights on the device; at most two of them are there at a time.
+def weights_in_turn(
+    modules: Sequence[nn.Module], device: torch.device, *, ahead: bool
+) -> Generator[nn.Module, None, None]:
+    """Yield each module with its weights on the device, until the next one is asked for.
 
-    Weights that all processes gather come when it is their turn, because a thread of its own would gather them in
-    another order on every process.
+    Args:
+        ahead: bring the next one while one computes, so that two are there. Weights that all processes gather come
+            when it is their turn all the same: a thread of its own would gather them in another order on every process.
     """
-    if any("partitioned" in places(module, device) for module in modules):
+    if not ahead or any("partitioned" in places(module, device) for module in modules):
         for module in modules:
             with weights_here([module], device):
                 yield module

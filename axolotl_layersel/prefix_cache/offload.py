@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from axolotl_layersel.model.weights_here import move_scales
+
 
 class OffloadedWeights:
     """The weights of some modules, here or away.
@@ -50,7 +52,7 @@ class OffloadedWeights:
                 tensor.data = _mapped(tensor.data, self._folder)
                 continue
             tensor.data = tensor.data.to("cpu")
-            _move_scales(tensor, torch.device("cpu"))
+            move_scales(tensor, torch.device("cpu"))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -62,7 +64,7 @@ class OffloadedWeights:
                 continue
             tensor.data = tensor.data.to(home, copy=True)
             if home.type != "cpu":
-                _move_scales(tensor, home)
+                move_scales(tensor, home)
 
     def _tensors(self) -> Iterator[Tensor]:
         seen = set(self._kept)
@@ -81,9 +83,3 @@ def _mapped(tensor: Tensor, folder: Path) -> Tensor:
         mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         mapped.copy_(tensor.reshape(-1))
     return mapped.view(tensor.shape)
-
-
-def _move_scales(tensor: Tensor, device: torch.device) -> None:
-    state = getattr(tensor, "quant_state", None)  # of 4-bit weights, moved in place
-    if state is not None:
-        state.to(device)
