@@ -8,8 +8,10 @@ up in the store as a sign of life, so that the others notice where one was kille
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 _ARRIVALS, _BLOCKS, _BEATS = "layersel/arrivals", "layersel/blocks", "layersel/beats"
@@ -31,9 +33,14 @@ class Heart:
         self._thread = threading.Thread(target=self._beat, name="layersel-heart", daemon=True)
 
     def start(self) -> None:
-        """From now on, silence means that this process is dead."""
-        self._store.add(f"{_BEATS}/{self._rank}", 1)  # first, so that whoever sees the block sees a new beat
-        self._store.add(f"{_BLOCKS}/{self._rank}", 1)
+        """From now on, silence means that this process is dead.
+
+        Raises:
+            LostProcessError: the store is gone already.
+        """
+        with _store_answers():
+            self._store.add(f"{_BEATS}/{self._rank}", 1)  # first, so that whoever sees the block sees a new beat
+            self._store.add(f"{_BLOCKS}/{self._rank}", 1)
         self._thread.start()
 
     def stop(self) -> None:
@@ -61,7 +68,7 @@ def meet(store: Any, *, rank: int, world_size: int, late: float) -> None:
     Raises:
         LostProcessError: a process that all wait for gives no sign of life, or the store is gone.
     """
-    try:
+    with _store_answers():
         expected = -(-store.add(_ARRIVALS, 1) // world_size) * world_size  # nobody is one meeting ahead of another
         watch, looked, step = _Watch(store, rank, world_size, late), time.monotonic(), STEPS[0]
         while store.add(_ARRIVALS, 0) < expected:
@@ -70,6 +77,12 @@ def meet(store: Any, *, rank: int, world_size: int, late: float) -> None:
             if time.monotonic() - looked > BEAT:
                 looked = time.monotonic()
                 watch.look(looked)
+
+
+@contextlib.contextmanager
+def _store_answers() -> Iterator[None]:
+    try:
+        yield
     except LostProcessError:
         raise
     except RuntimeError as error:  # torch's own errors of a store are of this kind

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from allocated import allocated_at_most
 from peft import LoraConfig, get_peft_model
 from tiny import PROJECTIONS, tiny_llama, tiny_llama_4bit
-from torch.profiler import ProfilerActivity, profile
 
 from axolotl_layersel.cost.cut_cost import CutCost, Mode, StepShape, cut_costs
 from axolotl_layersel.cost.peak_memory import Holds, held_bytes, offloaded_bytes, optimizer_bytes, peak_memory
@@ -39,19 +39,6 @@ def predicted(model: Any, mode: Mode, *, cut: int, **changes: Any) -> tuple[Peak
     stack = find_stack(model)
     cost = cut_costs(stack, mode=mode, shape=SHAPE)[cut]
     return peak_memory(model, stack, cut=cost, mode=mode, shape=SHAPE, holds=holds(**changes)), cost
-
-
-def allocated_at_most(work: Any) -> int:
-    """The largest sum of what was allocated and not yet freed, from the start of `work` on."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert events
-    live = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    return most
 
 
 @pytest.mark.parametrize("vocabulary", [61, 4096])

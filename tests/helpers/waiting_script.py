@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from axolotl_layersel.integration import meeting
 from axolotl_layersel.integration.meeting import LostProcessError
 from axolotl_layersel.integration.processes import Processes, join_processes
@@ -44,6 +46,7 @@ def store_gone(processes: Processes) -> Any:
 def main() -> None:
     """Run the case that the command line names."""
     processes = join_processes(cpu=True)
+    torch.distributed.barrier()  # so that none dies while others join
     if sys.argv[1] == "slow" and processes.rank == 1:
         time.sleep(4)  # longer than a silent process is given
     started = time.monotonic()

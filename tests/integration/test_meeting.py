@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import time
@@ -13,6 +14,8 @@ import pytest
 from axolotl_runs import HELPERS, free_port, start
 
 pytestmark = pytest.mark.slow
+
+ENDED = 30  # seconds, with room for a busy machine
 
 
 def _run(case: str, out: Path, *, dead: int | None = None, processes: int = 3) -> list[dict[str, Any]]:
@@ -34,6 +37,8 @@ def _run(case: str, out: Path, *, dead: int | None = None, processes: int = 3) -
         time.sleep(0.1)
     for run in runs:
         run.signal(signal.SIGKILL)
+    silent = [rank for rank in living if not (out / f"{rank}.json").exists()]
+    assert not silent, "".join(runs[rank].log for rank in silent)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in living]
 
 
@@ -46,12 +51,14 @@ def test_they_wait_for_longer_than_the_group_s_time_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["killed", "stopped"])
 def test_they_end_when_one_of_them_gives_no_sign_of_life(tmp_path: Path, case: str) -> None:
-    for one in _run(case, tmp_path, dead=1):
-        assert "no sign of life from rank 1 while the others wait" in one["error"]
-        assert 3 < one["seconds"] < 9
+    keeps_the_store, other = _run(case, tmp_path, dead=1)
+    assert "no sign of life from rank 1 while the others wait" in keeps_the_store["error"]
+    # The other one may find first that the store has ended with its keeper.
+    assert re.search("no sign of life from rank 1 while|the store of the process group does not answer", other["error"])
+    assert all(3 < one["seconds"] < ENDED for one in (keeps_the_store, other))
 
 
 def test_they_end_when_the_process_that_keeps_the_store_is_killed(tmp_path: Path) -> None:
     for one in _run("store_gone", tmp_path, dead=0):
         assert "the store of the process group does not answer" in one["error"]
-        assert one["seconds"] < 9
+        assert one["seconds"] < ENDED

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import disk_offload
+from allocated import allocated_at_most
 from model_outcomes import rows
 from tiny import tiny_llama
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from axolotl_layersel.method.scoring_pass import measure, scoring_bytes
 from axolotl_layersel.method.streamed_pass import measure_streamed
@@ -37,23 +34,6 @@ def _model(layers: int) -> nn.Module:
     return tiny_llama(num_layers=layers, **sizes).eval()
 
 
-def _peak(work: Callable[[], object], folder: Path) -> int:
-    """The most bytes that were allocated at a time while `work` ran, beside those from before."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    trace = folder / "trace.json"
-    profiler.export_chrome_trace(str(trace))
-    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    live = peak = 0
-    for _, change in sorted(changes):
-        live += change
-        peak = max(peak, live)
-    assert len(changes) > 1_000, "the profiler saw no memory"
-    return peak
-
-
 def _offloaded(layers: int, folder: Path) -> nn.Module:
     model = _model(layers)
     disk_offload(model, folder, execution_device=CPU)
@@ -73,12 +53,12 @@ def test_a_layer_the_unembedding_and_a_batch_are_on_the_device_whatever_the_dept
     assert layer > 10 * head, "this model says nothing about layers"
     of_a_batch = scoring_bytes(stack, batch_tokens=BATCH_TOKENS) - 2**27  # the unembedding's logits are few here
     models = [_offloaded(layers, tmp_path / str(layers)) for layers in (4, 16)]
-    few, many = (_peak(partial(_stream, model, ahead=False), tmp_path) for model in models)
+    few, many = (allocated_at_most(partial(_stream, model, ahead=False)) for model in models)
     assert layer < few < layer + head + of_a_batch + STATES
     assert abs(many - few) < layer / 4
 
 
-def test_whole_passes_need_all_layers(tmp_path: Path) -> None:
+def test_whole_passes_need_all_layers() -> None:
     """The meter itself: what it says of a model that is made and scored as a whole."""
 
     def work() -> None:
@@ -86,7 +66,7 @@ def test_whole_passes_need_all_layers(tmp_path: Path) -> None:
         with left_as_found(model):
             measure(model, find_stack(model), ROWS, range(6), deviation="cosine", batch_tokens=BATCH_TOKENS)
 
-    assert _peak(work, tmp_path) > 16 * whole_bytes(find_stack(_model(4)).layers[0])
+    assert allocated_at_most(work) > 16 * whole_bytes(find_stack(_model(4)).layers[0])
 
 
 def test_two_layers_are_on_the_device_where_the_next_one_comes_ahead(tmp_path: Path) -> None:
