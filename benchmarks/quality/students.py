@@ -126,7 +126,10 @@ def heldout_loss(model: nn.Module, cached: Cached, cut: int) -> float:
 
 @torch.no_grad()
 def check_upper_part(model: PreTrainedModel, rows: list[Row], cached: Cached, cut: int) -> None:
-    """The upper layers on cached states must give the logits' loss of the whole model on token ids, in float32."""
+    """The upper layers on cached states must give the logits' loss of the whole model on token ids.
+
+    The states come from batches of another width, which bfloat16 rounds otherwise; a wrong layer differs by far more.
+    """
     batch = list(range(min(4, len(rows))))
     device = next(model.parameters()).device
     ids = pad([torch.tensor(rows[r][0]) for r in batch], 0).to(device)
@@ -134,7 +137,7 @@ def check_upper_part(model: PreTrainedModel, rows: list[Row], cached: Cached, cu
     labels = pad([cached.labels[r] for r in batch], IGNORED).to(device)
     whole = float(model(input_ids=ids, attention_mask=mask, labels=labels).loss)
     upper = float(run_batch(upper_part(model, cut), cached, cut, batch)) / scored(cached, batch)
-    if not math.isclose(whole, upper, rel_tol=1e-4):
+    if not math.isclose(whole, upper, rel_tol=1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-3):
         raise ValueError(
             f"layers {cut}.. on cached states give loss {upper:.5f}, the whole model {whole:.5f}: not equivalent"
         )
