@@ -57,7 +57,7 @@ def _config(folder: Path, stage: int, *, model: Path, data: Path, **changes: Any
     return write_config(folder, model=model, data=data, deepspeed=str(folder / "zero.json"), use_cpu=None, **options)
 
 
-def _train(config: Path, *, processes: int = 2, timeout: float = 400) -> Finished:
+def _train(config: Path, *, processes: int = 2, timeout: float = 600) -> Finished:
     command = train_command(config, launcher="torchrun", processes=processes)
     return start(command, config.parent / "log", env=ENVIRONMENT).finish(timeout=timeout)
 
@@ -115,7 +115,7 @@ def test_all_stop_with_the_error_of_one(tmp_path: Path) -> None:
         model.get_input_embeddings().weight[_token(tmp_path / "tokenizer")] = float("nan")
 
     model = make_model(tmp_path / "model", change=break_embedding)
-    run = _train(_config(tmp_path, 3, model=model, data=data, layersel={"num_samples": 64}), timeout=200)
+    run = _train(_config(tmp_path, 3, model=model, data=data, layersel={"num_samples": 64}), timeout=400)
     assert run.returncode != 0
     assert "ScoringError: training rows give latent states that are not finite" in run.log
     assert re.search(r"PeerError: rank [01] failed: ScoringError: ", run.log)
@@ -137,9 +137,9 @@ def test_all_end_when_one_is_killed(tmp_path: Path, run_inputs: dict[str, Path])
     run.wait_for("layersel: scoring layer")
     workers = [child for child in psutil.Process(run.process.pid).children() if "axolotl.cli.train" in child.cmdline()]
     workers[1].kill()
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert alive == []
-    assert run.finish(timeout=40).returncode != 0
+    assert run.finish(timeout=120).returncode != 0
     assert {path.name for path in (tmp_path / "out" / "layersel").glob("*")} <= {LOCK_FILE}
 
 

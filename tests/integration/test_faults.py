@@ -65,7 +65,7 @@ def battered(tmp_path_factory: pytest.TempPathFactory, run_inputs: dict[str, Pat
         hit = start(train_command(slow_config), folder / f"{name}.log", env=env)
         hit.wait_for("layersel: scoring ")
         hit.signal(number)
-        seen[name] = hit.finish(timeout=30)
+        seen[name] = hit.finish(timeout=90)
         seen[f"left by {name}"] = sorted(path.name for path in (out / "layersel").glob("*"))
     options = {**UNINTERRUPTED, "auto_resume_from_checkpoints": True}
     config = write_config(folder, **inputs, **options)
@@ -138,9 +138,9 @@ def test_two_processes_that_are_hit_in_scoring_end_together(
         workers[1].kill()
     else:
         run.signal(signal.SIGINT)
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert alive == []
-    assert run.finish(timeout=40).returncode != 0
+    assert run.finish(timeout=120).returncode != 0
     assert {path.name for path in (tmp_path / "out" / "layersel").glob("*")} <= {LOCK_FILE}
     claim_folder(tmp_path / "out" / "layersel")  # nobody holds it
     release_folders()
@@ -163,7 +163,7 @@ def test_a_row_that_gives_nan_stops_all_processes_and_is_named(tmp_path: Path) -
     lines[5] = lines[5].replace("The sum", "^ sum")
     data.write_text("\n".join(lines))
     options = on_several({"layersel": {"num_samples": 64}})
-    run = train(write_config(tmp_path, model=model, data=data, **options), processes=2, timeout=150)
+    run = train(write_config(tmp_path, model=model, data=data, **options), processes=2, timeout=300)
     assert run.returncode != 0
     (folder,) = {path.parent for path in (tmp_path / "prepared").rglob("dataset_info.json")}
     rows = datasets.load_from_disk(str(folder))["input_ids"]

@@ -26,7 +26,7 @@ def three_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, 
     """What each of three processes saw, by rank."""
     out = tmp_path_factory.mktemp("three_processes")
     torchrun = [*TORCHRUN, "--nproc-per-node=3", f"--master-port={free_port()}"]
-    start([*torchrun, str(HERE / "processes_script.py"), str(out)], out / "log").finish(timeout=120).check()
+    start([*torchrun, str(HERE / "processes_script.py"), str(out)], out / "log").finish(timeout=300).check()
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(3)]
 
 
@@ -39,7 +39,7 @@ def test_every_process_knows_its_place(three_processes: list[dict[str, Any]]) ->
 def test_all_stop_with_the_error_of_the_one_that_failed(three_processes: list[dict[str, Any]], case: str) -> None:
     told = "PeerError: rank 1 failed: ValueError: row 7 is not a row"
     assert [seen[case]["error"] for seen in three_processes] == [told, "ValueError: row 7 is not a row", told]
-    assert max(seen[case]["seconds"] for seen in three_processes) < 10
+    assert max(seen[case]["seconds"] for seen in three_processes) < 30
 
 
 def test_all_stop_when_the_deciding_process_fails(three_processes: list[dict[str, Any]]) -> None:
@@ -87,7 +87,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw of models that torch's FSDP2 shards over them."""
     out = tmp_path_factory.mktemp("sharded")
     torchrun = [*TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}"]
-    start([*torchrun, str(HERE / "fsdp_script.py"), str(out)], out / "log", cwd=HERE).finish(timeout=120).check()
+    start([*torchrun, str(HERE / "fsdp_script.py"), str(out)], out / "log", cwd=HERE).finish(timeout=300).check()
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 
