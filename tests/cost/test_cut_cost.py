@@ -204,6 +204,7 @@ def mode_for(kind: str, name: str, model: Any, **options: Any) -> Mode:
     return full(model, **options) if kind == "full" else lora(model, targets=TARGETS.get(name), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -216,6 +217,7 @@ def test_flops_bytes_and_parameters_are_those_of_a_real_step(name: str, kind: st
         assert cost.first_trainable == first_trainable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -318,6 +320,7 @@ def runs_in_triton() -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_recurrences_count_where_torch_computes_them(name: str, kind: str) -> None:
@@ -371,6 +374,7 @@ def test_kernels_that_cannot_be_counted_are_replaced_for_counting(name: str) -> 
     assert model.config._experts_implementation == "scattermoe"
 
 
+@pytest.mark.slow
 def test_a_fused_kernel_saves_no_scores_although_they_are_counted_eagerly() -> None:
     """gpt-oss has attention sinks, which torch's own fused attention lacks."""
     costs = {}
@@ -417,6 +421,7 @@ def test_8_bit_weights_count_with_the_shape_that_they_stand_for() -> None:
     assert [(name, type(module)) for name, module in packed.named_modules()] == before
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_the_bias_of_a_module_with_4_bit_weights(tmp_path: Path) -> None:
     """Transformers 5.20 subtracts the bias of Jamba's `dt_proj` from its output if the model is quantised."""
     options = GROUPED | {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1}

@@ -232,6 +232,7 @@ def prepare(folder: Path, run_inputs: dict[str, Path], options: dict[str, Any]) 
     return load_datasets(cfg=cfg).train_dataset, cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PREPARED)
 def test_every_dataset_type_gives_rows_with_its_own_mask(
     name: str, run_inputs: dict[str, Path], tmp_path: Path
@@ -280,6 +281,7 @@ def test_a_pre_training_stream_is_read_without_its_packing(
     assert all(row.scored == len(row.input_ids) - 1 for row in sample.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True], ids=["plain", "packed"])
 def test_a_stream_of_instructions_has_its_own_mask(packing: bool, run_inputs: dict[str, Path], tmp_path: Path) -> None:
     """`streaming: true` with `datasets:`; axolotl shuffles a stream within a buffer, here the whole of it."""

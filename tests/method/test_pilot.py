@@ -152,6 +152,7 @@ def test_recomputing_layers_changes_no_number(found: Pilot) -> None:
         assert cut.loss == pytest.approx(other.loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_small_batches_change_no_number_but_by_rounding(found: Pilot) -> None:
     again = _pilot(tiny_llama(num_layers=LAYERS), batch_tokens=15)
     for cut, other in zip(found.cuts, again.cuts, strict=True):
@@ -310,6 +311,7 @@ def test_scoring_with_a_pilot_goes_through_its_point_and_has_a_narrower_band() -
     assert width[1] < width[0]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_starts_the_pilot_again_with_smaller_batches() -> None:
     model, told = tiny_llama(num_layers=LAYERS), list[str]()
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import axolotl_layersel
 
 PACKAGE = Path(axolotl_layersel.__file__).parent
@@ -121,6 +123,7 @@ def _is_config(node: ast.expr) -> bool:
     return ast.unparse(node) in ("cfg", "settings.cfg", "self.settings.cfg", "current.settings.cfg")
 
 
+@pytest.mark.slow
 def test_the_rest_imports_with_axolotl_blocked() -> None:
     core = [
         ".".join(path.with_suffix("").parts)

@@ -377,6 +377,7 @@ def test_the_slider_draws_what_a_plan_with_that_cut_draws(browser: Browser) -> N
         assert shown == ["1"] * 4
 
 
+@pytest.mark.slow
 def test_the_static_page_says_what_the_script_says(browser: Browser) -> None:
     """Without the script the page is complete for the plan's own cut; the script adds the slider."""
     for plan in many_plans().values():
@@ -390,6 +391,7 @@ def test_the_static_page_says_what_the_script_says(browser: Browser) -> None:
         assert browser.run(parts.replace("outerHTML", "textContent")) == static
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [320, 390, 1100])
 def test_no_page_scrolls_sideways(browser: Browser, width: int) -> None:
     for name, plan in many_plans().items():

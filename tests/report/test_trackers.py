@@ -126,6 +126,7 @@ def test_a_given_cut_has_only_what_is_known() -> None:
     }
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_numbers_curves_text_and_figure(folder: Path, plan: Plan, monkeypatch: Any) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "events"))
@@ -148,6 +149,7 @@ def test_tensorboard_gets_numbers_curves_text_and_figure(folder: Path, plan: Pla
     assert not any("layersel" in key for entry in trainer.state.log_history for key in entry)
 
 
+@pytest.mark.slow
 def test_mlflow_gets_parameters_metrics_and_files(folder: Path, plan: Plan, monkeypatch: Any) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny (extra `test`) is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -167,6 +169,7 @@ def test_mlflow_gets_parameters_metrics_and_files(folder: Path, plan: Plan, monk
     assert files == {"plan.json", "deviation.png", "report.html"}
 
 
+@pytest.mark.slow
 def test_mlflow_that_refuses_a_changed_parameter_does_not_stop_the_run(
     folder: Path, plan: Plan, monkeypatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -180,6 +183,7 @@ def test_mlflow_that_refuses_a_changed_parameter_does_not_stop_the_run(
     assert "MLflow did not take all of the plan" in caplog.text
 
 
+@pytest.mark.slow
 def test_wandb_gets_config_summary_and_figure(folder: Path, plan: Plan, monkeypatch: Any) -> None:
     wandb = pytest.importorskip("wandb")
     for name, value in {"MODE": "offline", "DIR": str(folder), "SILENT": "true", "DISABLE_GIT": "true"}.items():
@@ -197,6 +201,7 @@ def test_wandb_gets_config_summary_and_figure(folder: Path, plan: Plan, monkeypa
     assert picture.read_bytes() == (folder / "layersel" / "deviation.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_trackio_gets_config_numbers_and_figure(folder: Path, plan: Plan, monkeypatch: Any) -> None:
     trackio = pytest.importorskip("trackio")
     if "bucket_id" not in inspect.signature(trackio.init).parameters:

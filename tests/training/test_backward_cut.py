@@ -371,6 +371,7 @@ class Watch(TrainerCallback):
             self.without = self.watched.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_two_steps_of_the_real_trainer_end_in_the_stock_weights(mode: str, tmp_path: Path) -> None:
     rows = [{key: value[0] for key, value in token_batch(rows=1, seed=seed).items()} for seed in range(4)]

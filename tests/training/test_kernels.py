@@ -222,6 +222,7 @@ def test_mlp_kernels_need_a_gpu_for_their_output(tmp_path: Path) -> None:
             model(**token_batch())
 
 
+@pytest.mark.slow
 def test_mlp_kernels_in_the_interpreter_give_the_same_gradients(tmp_path: Path) -> None:
     here = Path(__file__).parent
     code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from test_kernels import interpreted_step as step"
