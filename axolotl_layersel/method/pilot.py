@@ -4,8 +4,8 @@
     all layers               what that is a share of; then, with its adapters below a cut switched off, how much of the
                              work lies above, for a few forward passes
 
-Both run at the rate that is usual for the hidden size, and at half and twice of it where the budget allows; the best
-counts. `retention.py` makes a curve of what is found here.
+The sixth tries the rate that is usual for the hidden size, and half and twice of it where the budget allows; all layers
+take the one that follows from the best. `retention.py` makes a curve of what is found here.
 
 The pilot costs a given share of the run (`pilot_share`), in forward passes of the model; where that does not pay for
 the smallest one, or the model cannot be piloted, the forward pass alone has to do, with a wider band.
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from axolotl_layersel.method.calibration import Row
+from axolotl_layersel.method.calibration import IGNORED, Row
 from axolotl_layersel.method.low_rank import linear_modules
 from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_size import (
@@ -37,7 +37,7 @@ from axolotl_layersel.method.pilot_size import (
     switched_off_cuts,
     usual_rate,
 )
-from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen
+from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen, takes_positions
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.latent_states import left_as_found
 from axolotl_layersel.model.memory import out_of_memory
@@ -94,6 +94,12 @@ def split_rows(rows: Sequence[Row], *, seed: int) -> tuple[list[int], list[int]]
     return sorted(chosen[heldout:]), sorted(chosen[:heldout])
 
 
+def _unembedded(rows: Sequence[Row]) -> float:
+    """The share of positions from the first scored one of a row on, which are unembedded."""
+    first = [next(place for place, label in enumerate(row.labels) if label != IGNORED) for row in rows]
+    return 1 - sum(first) / sum(len(row.labels) for row in rows)
+
+
 def run_pilot(
     model: nn.Module,
     stack: DecoderStack,
@@ -131,6 +137,7 @@ def run_pilot(
         train_rows=len(train),
         heldout_rows=len(heldout),
         step_passes=step_passes,
+        unembedded=_unembedded([rows[row] for row in (*train, *heldout)]) if takes_positions(model) else 1.0,
     )
     run_cost = settings.run_tokens * (step_passes if settings.adapters else step_passes + 1)
     size = pilot_size(settings.share * run_cost, work)
@@ -187,26 +194,22 @@ def _train_arms(
     _check_start(trainer, base_H)
     scored = sum(trainer.rows[row].scored for row in trainer.heldout)
 
-    def best(cut: int, judged_from: Sequence[int] = ()) -> tuple[Arm, list[Array]]:
-        found: list[tuple[Arm, list[Array]]] = []
-        for times in size.rates:
-            rate = times * usual * rate_ratio(cut, layers)
-            losses_H, *off = trainer.trained(
-                cut, learning_rate=rate, steps=size.steps, seed=seed, judged_from=judged_from
-            )
-            say(
-                f"pilot, layers {cut} to {layers - 1} at rate {rate:.2g}: "
-                f"{base_H.sum() / scored:.3f} to {losses_H.sum() / scored:.3f} nats"
-            )
-            found.append((Arm(cut, rate, losses_H), off))
-        return min(found, key=lambda arm: arm[0].losses_H.sum())
+    def train(cut: int, times: float, judged_from: Sequence[int] = ()) -> tuple[Arm, list[Array]]:
+        rate = times * usual * rate_ratio(cut, layers)
+        losses_H, *off = trainer.trained(cut, learning_rate=rate, steps=size.steps, seed=seed, judged_from=judged_from)
+        say(
+            f"pilot, layers {cut} to {layers - 1} at rate {rate:.2g}: "
+            f"{base_H.sum() / scored:.3f} to {losses_H.sum() / scored:.3f} nats"
+        )
+        return Arm(cut, rate, losses_H), off
 
-    part, _ = best(sixth)
-    whole, off = best(0, cuts)
+    tried = {times: train(sixth, times)[0] for times in size.rates}
+    best = min(tried, key=lambda times: tried[times].losses_H.sum())
+    whole, off = train(0, best, cuts)
     return result_of(
         base_H,
         whole,
-        part,
+        tried[best],
         dict(zip(cuts, off, strict=True)),
         scored=scored,
         size=size,

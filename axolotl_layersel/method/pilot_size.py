@@ -8,7 +8,7 @@ from dataclasses import dataclass
 ROWS_PER_STEP = (8, 7, 6)
 LEAST_STEPS, MOST_STEPS = 8, 40  # what was measured
 MOST_EPOCHS = 2.0
-RATES = ((0.5, 1.0, 2.0), (1.0,))  # that are tried where the budget allows, times `usual_rate`
+RATES = ((0.5, 1.0, 2.0), (0.5, 1.0), (1.0,))  # that are tried where the budget allows, times the usual one
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Size:
 
     steps: int
     rows_per_step: int
-    rates: tuple[float, ...]  # times `usual_rate`
+    rates: tuple[float, ...]  # that the few layers try, times the usual one; all layers take the best
     cost: float  # tokens that go forward through the whole model
 
 
@@ -31,26 +31,27 @@ class Work:
     train_rows: int
     heldout_rows: int
     step_passes: float  # forward passes of the trained part that a step takes, the backward pass in forward passes
+    unembedded: float = 1.0  # share of the positions that a pilot unembeds; the run unembeds all
 
     def cost(self, steps: int, rows_per_step: int, rates: int) -> float:
         """Tokens that go forward through the whole model."""
         last, used = pilot_cut(self.num_layers), min(self.train_rows, steps * rows_per_step)
-        arms = rates * (1 + self._from(last))
+        arms = rates * self._pass(last) + self._pass(0)
         trained = steps * rows_per_step * self.step_passes * arms
         states = (used + self.heldout_rows) * last / (self.num_layers + self.head_layers)
-        judged = self._from(last) + arms + rates * sum(map(self._from, switched_off_cuts(self.num_layers)))
+        judged = self._pass(last) + arms + sum(map(self._pass, switched_off_cuts(self.num_layers)))
         return self.row_tokens * (trained + states + self.heldout_rows * judged)
 
-    def _from(self, cut: int) -> float:
-        """The share of a forward pass that starts at a cut."""
-        return (self.num_layers - cut + self.head_layers) / (self.num_layers + self.head_layers)
+    def _pass(self, cut: int) -> float:
+        """A forward pass that starts at a cut and unembeds what is scored, over one of the run."""
+        return (self.num_layers - cut + self.head_layers * self.unembedded) / (self.num_layers + self.head_layers)
 
 
 def usual_rate(width: int) -> float:
     """The learning rate of adapters on all layers around which a pilot tries, for a hidden size.
 
-    3e-3 was best on SmolLM2-135M (hidden size 576) and about 1e-2 on tiny models (256). That wider models want less is
-    common experience; one over the square root stands between what is reported of them.
+    3e-3 was best on SmolLM2-135M (hidden size 576), about 1e-2 on tiny models (256), 1e-3 on Gemma 3 270M (640). That
+    wider models want less is common experience; one over the square root stands between what is reported of them.
     """
     return 3e-3 * math.sqrt(576 / width)
 

@@ -170,7 +170,7 @@ class Trainer:
         """Summed cross-entropy of the model's own logits for each row, (B,) float32."""
         scored_BT = batch.targets != IGNORED
         keep_K = scored_BT.any(dim=0).nonzero()[:, 0]
-        narrow = {"logits_to_keep": keep_K} if _takes_positions(self.model) else {}
+        narrow = {"logits_to_keep": keep_K} if takes_positions(self.model) else {}
         output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **narrow)
         logits_BKV = output.logits if narrow else output.logits[:, keep_K]
         targets_BK = batch.targets[:, keep_K].to(logits_BKV.device)
@@ -189,7 +189,8 @@ def rate_at(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def _takes_positions(model: nn.Module) -> bool:
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model can be asked to unembed some positions alone."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
