@@ -4,8 +4,8 @@
     all layers               what that is a share of; then, with its adapters below a cut switched off, how much of the
                              work lies above, for a few forward passes
 
-The sixth tries the rate that is usual for the hidden size, and half and twice of it where the budget allows; all layers
-take the one that follows from the best. `retention.py` makes a curve of what is found here.
+The sixth tries the rate that is usual for the hidden size, and half of it where the budget allows; all layers take the
+one that follows from the better. `retention.py` makes a curve of what is found here.
 
 The pilot costs a given share of the run (`pilot_share`), in forward passes of the model; where that does not pay for
 the smallest one, or the model cannot be piloted, the forward pass alone has to do, with a wider band.
@@ -31,6 +31,7 @@ from axolotl_layersel.method.pilot_size import (
     ROWS_PER_STEP,
     Size,
     Work,
+    better_rate,
     pilot_cut,
     pilot_size,
     rate_ratio,
@@ -204,7 +205,8 @@ def _train_arms(
         return Arm(cut, rate, losses_H), off
 
     tried = {times: train(sixth, times)[0] for times in size.rates}
-    best = min(tried, key=lambda times: tried[times].losses_H.sum())
+    gained = {times: float((base_H - arm.losses_H).sum()) for times, arm in tried.items()}
+    best = better_rate(gained)
     whole, off = train(0, best, cuts)
     return result_of(
         base_H,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from axolotl_layersel.method.pilot_size import (
     MOST_EPOCHS,
     Size,
     Work,
+    better_rate,
     pilot_cut,
     pilot_size,
     rate_ratio,
@@ -93,20 +95,28 @@ def test_adapters_below_a_cut_are_switched_off_by_starting_there(trainer: Traine
     assert not np.allclose(started, whole, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("run_tokens", "rates"), [(1e6, (0.5, 1.0, 2.0)), (6e4, (0.5, 1.0)), (5.4e4, (1.0,))])
-def test_the_sixth_tries_rates_and_all_layers_take_the_one_that_follows(
-    run_tokens: float, rates: tuple[float, ...]
+@pytest.mark.parametrize(
+    ("run_tokens", "usual", "tried", "best"), [(1e6, 0.0127, 2, 1.0), (1e6, 0.04, 2, 0.5), (5.4e4, 0.0127, 1, 1.0)]
+)
+def test_all_layers_take_the_rate_that_follows_from_the_better_one_of_the_sixth(
+    run_tokens: float, usual: float, tried: int, best: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pilots, "usual_rate", lambda width: usual)
     told: list[str] = []
     settings = PilotSettings(run_tokens=run_tokens, say=told.append)
     every, sixth = _pilot(tiny_llama(num_layers=LAYERS), settings=settings).cuts
     losses = [float(line.split()[-2]) for line in told if line.startswith("pilot, layers 5 to 5 at rate")]
-    assert len(losses) == len(rates)
-    best = rates[int(np.argmin(losses))]
-    assert sixth.loss == pytest.approx(min(losses), abs=6e-4)
-    assert sixth.learning_rate == pytest.approx(best * usual_rate(32) * rate_ratio(5, LAYERS))
-    assert every.learning_rate == pytest.approx(best * usual_rate(32))
+    assert len(losses) == tried and sixth.loss == pytest.approx(min(losses), abs=6e-4)
+    assert sixth.learning_rate == pytest.approx(best * usual * rate_ratio(5, LAYERS))
+    assert every.learning_rate == pytest.approx(best * usual)
     assert len([line for line in told if line.startswith("pilot, layers 0 to 5 at rate")]) == 1
+
+
+def test_another_rate_than_the_usual_one_must_be_clearly_better() -> None:
+    assert better_rate({1.0: 0.4}) == 1.0
+    assert better_rate({0.5: 0.41, 1.0: 0.40}) == 1.0
+    assert better_rate({0.5: 0.43, 1.0: 0.40}) == 0.5
+    assert better_rate({0.5: -0.1, 1.0: -0.2}) == better_rate({0.5: 0.1, 1.0: -math.inf}) == 0.5
 
 
 def test_the_usual_rate_falls_with_the_width_and_rises_as_fewer_layers_are_trained() -> None:
@@ -241,7 +251,7 @@ def test_a_pilot_is_as_long_as_its_budget_allows_and_never_costs_more() -> None:
             assert size.cost == work.cost(size.steps, rows, rates) <= budget
             assert size.steps * rows > MOST_EPOCHS * 96 - rows or work.cost(size.steps + 1, rows, rates) > budget
     assert {size.rows_per_step for size in sizes if size} == {6, 7, 8}
-    assert {len(size.rates) for size in sizes if size} == {1, 2, 3}
+    assert {len(size.rates) for size in sizes if size} == {1, 2}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -257,7 +267,9 @@ def test_the_planned_cost_is_that_of_the_layers_that_run(checkpointing: bool) ->
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal passes
             states = args[0] if args else kwargs["hidden_states"]
-            passes += states.shape[0] * states.shape[1] / len(ids) * layers / whole * (2 if torch.is_grad_enabled() else 1)
+            passes += (
+                states.shape[0] * states.shape[1] / len(ids) * layers / whole * (2 if torch.is_grad_enabled() else 1)
+            )
 
         return hook
 
