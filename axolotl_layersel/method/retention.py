@@ -9,8 +9,8 @@ Both laws take the shape s(k) of the descent (`gain.py`) and differ in what tell
 
 A band is a factor on ln retention, because errors are about as large at .95 as at .5 there. All constants stand in this
 file. They come from `benchmarks/quality`: four small models of 12 and 16 layers (losses of 4.8 to 6.6 nats before
-training) and SmolLM2-135M-Instruct, 30 layers (1.6 to 3.6 nats). A model that is unlike all of them gets a wider band, and
-the log says so; by how much is a guess, checked on Gemma 3 270M, 18 layers (2.0 to 3.6 nats).
+training) and SmolLM2-135M-Instruct, 30 layers (1.6 to 3.6 nats). A model that is unlike all of them gets a wider band,
+and the log says so; by how much is a guess, checked on Gemma 3 270M, 18 layers (2.0 to 3.6 nats).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ PILOT_STEPS, PILOT_POWER, PILOT_SPREAD = (8, 15, 40), (0.68, 0.82, 1.0), (0.29, 
 PILOT_LOSSES, PILOT_SPREAD_FACTOR = (3.6, 4.8), (1.0, 2.0)
 FLOOR = 1e-3  # a share is kept this far from 0 and 1 before its logarithm is taken
 KNOWN_LAYERS, KNOWN_LOSSES, KNOWN_FAMILIES = (12, 30), (1.6, 6.6), ("llama", "gpt_neox")
-# For each thing that was never seen. A guess, which fits the one family that had no part in the constants: with it 13 of
-# 15 points of Gemma 3 270M lie in the band.
+# For each thing that was never seen. A guess, which fits the one family that had no part in the constants: with it 13
+# of 15 points of Gemma 3 270M lie in the band.
 UNFAMILIAR_FACTOR = 1.5
 
 
