@@ -78,6 +78,8 @@ def upper_part(model: PreTrainedModel, cut: int) -> PreTrainedModel:
     setattr(upper.get_submodule(parent_name), list_name, nn.ModuleList(stack.layers[cut:]))
     upper.config.use_cache = False
     upper.config.num_hidden_layers = len(stack.layers) - cut
+    if getattr(upper.config, "layer_types", None):  # sliding or full attention, which the backbone looks up by index
+        upper.config.layer_types = upper.config.layer_types[cut:]
     return upper
 
 

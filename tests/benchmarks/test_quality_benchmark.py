@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import CASES
 
 FOLDER = Path(__file__).parent.parent.parent / "benchmarks" / "quality"
 sys.path.insert(0, str(FOLDER))
@@ -99,6 +100,16 @@ def test_upper_layers_on_states_from_disk_are_the_whole_model(
     for cut in depths:
         cached = states.read_cached(tmp_path, "heldout", states.read_rows(tmp_path).heldout, cut)
         students.check_upper_part(model, rows, cached, cut)
+
+
+def test_upper_layers_keep_their_kind_of_attention(rows: list[students.Row], tmp_path: Path) -> None:
+    """Sliding windows and full attention in turn, whose rotary embeddings differ."""
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    case = next(case for case in CASES if case.name == "Gemma 3 text")
+    gemma = case.model(layer_types=kinds, sliding_window=2, initializer_range=0.5)
+    states.write_states(gemma, tmp_path, "heldout", rows, [1, 2, 3])
+    for cut in (1, 2, 3):
+        students.check_upper_part(gemma, rows, states.read_cached(tmp_path, "heldout", rows, cut), cut)
 
 
 def test_wrong_states_are_refused(model: Any, rows: list[students.Row], tmp_path: Path) -> None:
