@@ -139,7 +139,7 @@ def check_upper_part(model: PreTrainedModel, rows: list[Row], cached: Cached, cu
     labels = pad([cached.labels[r] for r in batch], IGNORED).to(device)
     whole = float(model(input_ids=ids, attention_mask=mask, labels=labels).loss)
     upper = float(run_batch(upper_part(model, cut), cached, cut, batch)) / scored(cached, batch)
-    if not math.isclose(whole, upper, rel_tol=1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-3):
+    if not math.isclose(whole, upper, rel_tol=1e-4 if next(model.parameters()).dtype == torch.float32 else 1e-2):
         raise ValueError(
             f"layers {cut}.. on cached states give loss {upper:.5f}, the whole model {whole:.5f}: not equivalent"
         )
