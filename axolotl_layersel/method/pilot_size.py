@@ -19,7 +19,7 @@ class Size:
 
     steps: int
     rows_per_step: int
-    rates: tuple[float, ...]  # that the few layers try, times the usual one; all layers take the best
+    rates: tuple[float, ...]  # that the few layers try, times the usual one; all layers take the better
     cost: float  # tokens that go forward through the whole model
 
 
