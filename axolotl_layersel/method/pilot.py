@@ -27,11 +27,10 @@ from axolotl_layersel.method.calibration import IGNORED, Row
 from axolotl_layersel.method.low_rank import linear_modules
 from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_size import (
-    LEAST_STEPS,
-    ROWS_PER_STEP,
     Size,
     Work,
     better_rate,
+    least_cost,
     pilot_cut,
     pilot_size,
     rate_ratio,
@@ -46,7 +45,6 @@ from axolotl_layersel.plan_parts import Pilot
 
 Array = NDArray[np.float64]
 
-HELDOUT, LEAST_HELDOUT = 3 / 16, 12  # share of the rows, and rows
 LEAST_ROWS = 40  # two epochs of the shortest pilot, and the held-out ones
 MOST_TOKENS = 262_144  # of all rows: what enters a cut is kept for them in main memory
 
@@ -77,22 +75,21 @@ def head_size(stack: DecoderStack) -> tuple[int, float]:
     return width, width * vocabulary * stack.num_layers / weights
 
 
-def split_rows(rows: Sequence[Row], *, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the rows to train and of those held out, as many as `MOST_TOKENS` allows.
+def affordable_rows(rows: Sequence[Row], *, seed: int) -> list[int]:
+    """Indices of the rows to train on or to hold out, as many as `MOST_TOKENS` allows, in a drawn order.
 
     Raises:
         PilotError: there are too few.
     """
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     tokens = np.cumsum([len(rows[row].input_ids) for row in order])
-    chosen = order[: int(np.searchsorted(tokens, MOST_TOKENS, side="right"))]
+    chosen: list[int] = order[: int(np.searchsorted(tokens, MOST_TOKENS, side="right"))]
     if len(chosen) < LEAST_ROWS:
         raise PilotError(
             f"{len(chosen)} calibration rows of at most {MOST_TOKENS} tokens together are too few, at least "
             f"{LEAST_ROWS} are needed: raise num_samples, or lower sequence_len"
         )
-    heldout = max(round(HELDOUT * len(chosen)), LEAST_HELDOUT)
-    return sorted(chosen[heldout:]), sorted(chosen[:heldout])
+    return chosen
 
 
 def _unembedded(rows: Sequence[Row]) -> float:
@@ -127,23 +124,22 @@ def run_pilot(
         raise PilotError("one decoder layer leaves nothing to choose")
     if autocast is torch.float16 or next(model.parameters()).dtype is torch.float16:
         raise PilotError("small gradients vanish in float16; use bf16")
-    train, heldout = split_rows(rows, seed=seed)
+    chosen = affordable_rows(rows, seed=seed)
     width, head_layers = head_size(stack)
     # A backward pass to inputs alone is about one forward pass, one to weights as well two; recomputing is another.
     step_passes = 2.0 + settings.checkpointing
     work = Work(
         num_layers=stack.num_layers,
         head_layers=head_layers,
-        row_tokens=float(np.mean([len(rows[row].input_ids) for row in (*train, *heldout)])),
-        train_rows=len(train),
-        heldout_rows=len(heldout),
+        rows=len(chosen),
+        row_tokens=float(np.mean([len(rows[row].input_ids) for row in chosen])),
         step_passes=step_passes,
-        unembedded=_unembedded([rows[row] for row in (*train, *heldout)]) if takes_positions(model) else 1.0,
+        unembedded=_unembedded([rows[row] for row in chosen]) if takes_positions(model) else 1.0,
     )
     run_cost = settings.run_tokens * (step_passes if settings.adapters else step_passes + 1)
     size = pilot_size(settings.share * run_cost, work)
     if size is None:
-        least = work.cost(LEAST_STEPS, ROWS_PER_STEP[-1], 1) / run_cost
+        least = least_cost(work) / run_cost
         raise PilotError(
             f"a run of {settings.run_tokens:,.0f} tokens is too short for a pilot that costs {settings.share:g} of it: "
             f"raise pilot_share to {least + 5e-4:.3f} to have one"
@@ -154,8 +150,8 @@ def run_pilot(
             model=model,
             stack=stack,
             rows=rows,
-            train=train,
-            heldout=heldout,
+            train=sorted(chosen[size.heldout_rows :]),
+            heldout=sorted(chosen[: size.heldout_rows]),
             rows_per_step=size.rows_per_step,
             batch_tokens=batch_tokens,
             checkpointing=settings.checkpointing,
@@ -165,7 +161,7 @@ def run_pilot(
                 found = _train_arms(trainer, size, size.cost / run_cost, usual_rate(width), seed=seed, say=settings.say)
             break
         except (RuntimeError, MemoryError) as error:
-            longest = max(len(rows[row].input_ids) for row in (*train, *heldout))
+            longest = max(len(rows[row].input_ids) for row in chosen)
             if isinstance(error, PilotError) or not out_of_memory(error):
                 raise
             if batch_tokens <= longest:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 ROWS_PER_STEP = (8, 7, 6)
 LEAST_STEPS, MOST_STEPS = 8, 40  # what was measured
 MOST_EPOCHS = 2.0
+HELDOUT, LEAST_HELDOUT, ENOUGH_HELDOUT = 3 / 16, 12, 24  # share of the rows, and rows; beyond the last only if it pays
 RATES = ((0.5, 1.0), (1.0,))  # that are tried where the budget allows, times the usual one
 CLEARLY = 1.05  # times the gain at the usual rate; less says little, since few layers gain nearly as much at many rates
 
@@ -19,6 +21,7 @@ class Size:
 
     steps: int
     rows_per_step: int
+    heldout_rows: int
     rates: tuple[float, ...]  # that the few layers try, times the usual one; all layers take the better
     cost: float  # tokens that go forward through the whole model
 
@@ -29,20 +32,19 @@ class Work:
 
     num_layers: int
     head_layers: float  # the unembedding's weights over those of a decoder layer
-    row_tokens: float  # mean length of a calibration row
-    train_rows: int
-    heldout_rows: int
+    rows: int  # calibration rows, trained on or held out
+    row_tokens: float  # their mean length
     step_passes: float  # forward passes of the trained part that a step takes, the backward pass in forward passes
     unembedded: float = 1.0  # share of the positions that a pilot unembeds; the run unembeds all
 
-    def cost(self, steps: int, rows_per_step: int, rates: int) -> float:
+    def cost(self, steps: int, rows_per_step: int, rates: int, heldout: int) -> float:
         """Tokens that go forward through the whole model."""
-        last, used = pilot_cut(self.num_layers), min(self.train_rows, steps * rows_per_step)
+        last, used = pilot_cut(self.num_layers), min(self.rows - heldout, steps * rows_per_step)
         arms = rates * self._pass(last) + self._pass(0)
         trained = steps * rows_per_step * self.step_passes * arms
-        states = (used + self.heldout_rows) * last / (self.num_layers + self.head_layers)
+        states = (used + heldout) * last / (self.num_layers + self.head_layers)
         judged = self._pass(last) + arms + sum(map(self._pass, switched_off_cuts(self.num_layers)))
-        return self.row_tokens * (trained + states + self.heldout_rows * judged)
+        return self.row_tokens * (trained + states + heldout * judged)
 
     def _pass(self, cut: int) -> float:
         """A forward pass that starts at a cut and unembeds what is scored, over one of the run."""
@@ -89,12 +91,22 @@ def switched_off_cuts(num_layers: int) -> list[int]:
     return sorted({cut for cut in before if 0 < cut < last} | {last})
 
 
+def heldout_rows(rows: int) -> list[int]:
+    """How many rows may be held out, the best first: more rows measure better, and each costs some forward passes."""
+    usual = max(round(HELDOUT * rows), LEAST_HELDOUT)
+    return [usual] if usual <= ENOUGH_HELDOUT else [usual, ENOUGH_HELDOUT]
+
+
 def pilot_size(budget: float, work: Work) -> Size | None:
     """The longest pilot that a budget of forward tokens pays for, with more than one rate if it can; None if none."""
-    for rates in RATES:
-        for rows in ROWS_PER_STEP:
-            most = min(int(MOST_EPOCHS * work.train_rows / rows), MOST_STEPS)
-            for steps in range(most, LEAST_STEPS - 1, -1):
-                if (cost := work.cost(steps, rows, len(rates))) <= budget:
-                    return Size(steps=steps, rows_per_step=rows, rates=rates, cost=cost)
+    for rates, heldout, rows in product(RATES, heldout_rows(work.rows), ROWS_PER_STEP):
+        most = min(int(MOST_EPOCHS * (work.rows - heldout) / rows), MOST_STEPS)
+        for steps in range(most, LEAST_STEPS - 1, -1):
+            if (cost := work.cost(steps, rows, len(rates), heldout)) <= budget:
+                return Size(steps=steps, rows_per_step=rows, heldout_rows=heldout, rates=rates, cost=cost)
     return None
+
+
+def least_cost(work: Work) -> float:
+    """Of the smallest pilot."""
+    return work.cost(LEAST_STEPS, ROWS_PER_STEP[-1], 1, heldout_rows(work.rows)[-1])

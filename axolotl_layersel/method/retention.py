@@ -83,17 +83,28 @@ def forward_law(loss: float) -> RetentionLaw:
 def pilot_law(pilot: Pilot) -> RetentionLaw:
     """Retention through what a pilot measured; the band counts the noise of its held-out rows as well."""
     point = pilot.cuts[-1]
-    steps = np.log(PILOT_STEPS)
-    power = float(np.interp(math.log(pilot.steps), steps, PILOT_POWER))
-    spread = float(np.interp(math.log(pilot.steps), steps, PILOT_SPREAD))
-    spread *= float(np.interp(pilot.base_loss, PILOT_LOSSES, PILOT_SPREAD_FACTOR))
+    power = float(np.interp(math.log(pilot.steps), np.log(PILOT_STEPS), PILOT_POWER))
     kept = _inside(point.retention)
-    at_least = _inside(point.retention - NINE_OF_TEN * point.retention_stderr)
-    noise = math.log(at_least) / math.log(kept)
     return RetentionLaw(
         lambda share_L: through_pilot(share_L, pilot.switched_off, cut=point.first_trainable, kept=kept**power),
-        _combined(math.exp(NINE_OF_TEN * spread), noise),
+        _combined(_law_factor(pilot), _noise_factor(pilot)),
     )
+
+
+def mostly_noise(pilot: Pilot) -> bool:
+    """Whether the held-out rows make the band wider than the law does."""
+    return _noise_factor(pilot) > _law_factor(pilot)
+
+
+def _law_factor(pilot: Pilot) -> float:
+    spread = float(np.interp(math.log(pilot.steps), np.log(PILOT_STEPS), PILOT_SPREAD))
+    return math.exp(NINE_OF_TEN * spread * float(np.interp(pilot.base_loss, PILOT_LOSSES, PILOT_SPREAD_FACTOR)))
+
+
+def _noise_factor(pilot: Pilot) -> float:
+    point = pilot.cuts[-1]
+    at_least = _inside(point.retention - NINE_OF_TEN * point.retention_stderr)
+    return math.log(at_least) / math.log(_inside(point.retention))
 
 
 def through_pilot(share_L: Array, off: Mapping[int, float], *, cut: int, kept: float) -> Array:

@@ -32,6 +32,7 @@ from axolotl_layersel.method.retention import (
     family_of,
     forward_exponent,
     forward_law,
+    mostly_noise,
     pilot_law,
     unlike_the_known,
 )
@@ -193,6 +194,11 @@ def _source(found: Pilot | str, law: RetentionLaw, unlike: Sequence[str], *, ask
             f"{found.cost_share:.3f} of the run: layers {point.first_trainable}.. alone kept {point.retention:.2f} +- "
             f"{point.retention_stderr:.2f}"
         )
+        if mostly_noise(found):
+            yield (
+                f"the {found.heldout_rows} rows that the pilot held out gained so little, or so unequally, that their "
+                "noise is most of the band: raise num_samples and pilot_share, and it holds out more"
+            )
     if unlike:
         yield (
             f"the band was measured on other models than this one, which has {' and '.join(unlike)}: it is made "

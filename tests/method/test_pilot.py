@@ -21,11 +21,11 @@ from axolotl_layersel.method.low_rank import low_rank_adapters
 from axolotl_layersel.method.pilot import PilotSettings, run_pilot
 from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_size import (
-    LEAST_STEPS,
     MOST_EPOCHS,
     Size,
     Work,
     better_rate,
+    least_cost,
     pilot_cut,
     pilot_size,
     rate_ratio,
@@ -234,24 +234,35 @@ def test_the_cuts_lie_at_a_quarter_half_two_thirds_and_five_sixths(layers: int, 
 
 
 def _work(**other: float) -> Work:
-    values = {"num_layers": 12, "head_layers": 1.0, "row_tokens": 100.0, "train_rows": 96, "heldout_rows": 24}
-    return Work(**{**values, "step_passes": 2.0, **other})  # type: ignore[arg-type]
+    values = {"num_layers": 12, "head_layers": 1.0, "row_tokens": 100.0, "rows": 128, "step_passes": 2.0}
+    return Work(**{**values, **other})  # type: ignore[arg-type]
 
 
 def test_a_pilot_is_as_long_as_its_budget_allows_and_never_costs_more() -> None:
     work, budgets = _work(), range(0, 2_000_000, 1_000)
     sizes = [pilot_size(budget, work) for budget in budgets]
     assert sizes[0] is None and sizes[-1] is not None
-    assert sizes[-1].steps == MOST_EPOCHS * 96 / 8
+    assert sizes[-1].steps == MOST_EPOCHS * 104 / 8
     for budget, size in zip(budgets, sizes, strict=True):
         if size is None:
-            assert work.cost(LEAST_STEPS, 6, 1) > budget
+            assert least_cost(work) > budget
         else:
             rows, rates = size.rows_per_step, len(size.rates)
-            assert size.cost == work.cost(size.steps, rows, rates) <= budget
-            assert size.steps * rows > MOST_EPOCHS * 96 - rows or work.cost(size.steps + 1, rows, rates) > budget
+            assert size.cost == work.cost(size.steps, rows, rates, 24) <= budget
+            assert size.steps * rows > MOST_EPOCHS * 104 - rows or work.cost(size.steps + 1, rows, rates, 24) > budget
     assert {size.rows_per_step for size in sizes if size} == {6, 7, 8}
     assert {len(size.rates) for size in sizes if size} == {1, 2}
+    assert {size.heldout_rows for size in sizes if size} == {24}
+
+
+def test_more_calibration_rows_take_no_pilot_and_no_rate_away() -> None:
+    few, many = _work(), _work(rows=512)
+    for budget in range(0, 400_000, 1_000):
+        with_few, with_many = pilot_size(budget, few), pilot_size(budget, many)
+        assert (with_few is None) == (with_many is None)
+        if with_few and with_many:
+            assert len(with_many.rates) >= len(with_few.rates) and with_many.heldout_rows in (24, 96)
+    assert with_many and with_many.heldout_rows == 96  # where it pays
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -352,7 +363,7 @@ def _result(whole: float, part: float, *, noise: float = 0.0) -> Pilot:
         Arm(10, 2e-3, part * ones + wave),
         {6: 3.2 * ones, 10: 3.6 * ones},
         scored=16,
-        size=Size(steps=15, rows_per_step=8, rates=(1.0,), cost=1.0),
+        size=Size(steps=15, rows_per_step=8, heldout_rows=24, rates=(1.0,), cost=1.0),
         rows=48,
         cost_share=0.01,
         seed=0,

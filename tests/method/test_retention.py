@@ -16,6 +16,7 @@ from axolotl_layersel.method.retention import (
     PILOT_STEPS,
     forward_exponent,
     forward_law,
+    mostly_noise,
     pilot_law,
     through_pilot,
     unlike_the_known,
@@ -69,6 +70,13 @@ def test_a_longer_pilot_is_taken_more_at_its_word() -> None:
     assert kept == [pytest.approx(0.6**power) for power in PILOT_POWER]
     between = float(pilot_law(_pilot(steps=11)).curve(SHARE_L)[10])
     assert kept[1] < between < kept[0]
+
+
+def test_rows_that_say_less_than_the_law_are_named() -> None:
+    loud, quiet = _pilot(stderr=0.3), _pilot(stderr=0.02)
+    assert mostly_noise(loud) and not mostly_noise(quiet)
+    assert pilot_law(loud).factor > 2 * pilot_law(quiet).factor
+    assert not mostly_noise(replace(_pilot(stderr=0.1), base_loss=5.5)) and mostly_noise(_pilot(stderr=0.15))
 
 
 def test_a_model_that_has_learned_little_gets_a_wider_band() -> None:
