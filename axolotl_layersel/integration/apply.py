@@ -49,7 +49,7 @@ def complete(
     updates = config_updates(settings, model, plan, adapters)
     notes = list(settings.notes)
     if plan.first_trainable:
-        ratio = rate_ratio(plan.first_trainable, plan.num_layers)
+        ratio = rate_ratio(plan.first_trainable, plan.num_layers, adapters=bool(settings.adapter))
         if settings.options.scale_learning_rate:
             updates["learning_rate"] = settings.learning_rate * ratio
         notes.append(_rate_note(settings, ratio))
@@ -110,9 +110,14 @@ def config_updates(settings: RunSettings, model: nn.Module, plan: Plan, adapters
 def _rate_note(settings: RunSettings, ratio: float) -> str:
     if settings.options.scale_learning_rate:
         return f"learning_rate {settings.learning_rate:g} is raised by {ratio:.2f} for this cut (scale_learning_rate)"
+    seen = (
+        "more on tiny models and less on SmolLM2-135M"
+        if bool(settings.adapter)
+        else "or more, on one task of a tiny model and of SmolLM2-135M"
+    )
     return (
-        f"at such a cut the best learning rate was about {ratio:.2f} times that of all layers, more on tiny models and "
-        "less on SmolLM2-135M: `scale_learning_rate: true` raises yours"
+        f"at such a cut the best learning rate was about {ratio:.2f} times that of all layers, {seen}: "
+        "`scale_learning_rate: true` raises yours"
     )
 
 

@@ -75,6 +75,8 @@ def recipe(config: Mapping[str, Any], plan: Plan, *, plain: bool = False) -> dic
         result["plugins"] = [*as_list(result.get("plugins")), SHORT_NAME]
     others = {name: block[name] for name in _OTHER_OPTIONS if name in block}
     result["layersel"] = {"first_layer": plan.first_trainable, **others}
+    if "learning_rate" in plan.config_updates:  # raised for the cut, on request
+        result["learning_rate"] = plan.config_updates["learning_rate"]
     if conflicts := find_conflicts(result):
         raise RecipeError("this config cannot carry the plan: " + " ".join(conflicts))
     return _without_plugin(result, plan) if plain else result

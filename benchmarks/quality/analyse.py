@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from curves import Array, Curve, read
+from curves import Array, Curve, Run, read
 from judge import by_retention, fitted, laws_of, left_out, measured_at, task_errors
 from laws import chosen_cut, errors, exponent, leave_out, lower_end, pooled_exponent, shapes
 from scipy.stats import spearmanr
@@ -223,22 +223,58 @@ def show_plugin(curves: list[Curve]) -> None:
     )  # fmt: skip
 
 
-def show_equal_time(curves: list[Curve]) -> None:
-    """Runs that spend on more steps what their backward pass saves, against all layers in the usual number of steps."""
+def show_full(curves: list[Curve]) -> None:
+    """Full fine-tuning beside LoRA, each to its own run of all layers."""
     rows: list[list[object]] = []
     for c in curves:
-        for run in (run for run in c.runs if run["kind"] == "cut" and run["steps"] > c.steps and run["index"]):
-            if abs(run["steps"] * (1 - run["index"] / c.layers / 2) - c.steps) <= 1:
-                whole = c.best()[0][run["seed"]]["loss"]
-                gain = (c.base - run["loss"]) / (c.base - whole)
-                rows.append([c.task, run["index"], run["steps"], c.base, whole, run["loss"], gain])
-    table(
-        "Equal time: improvement as a share of that of all layers",
-        ["task", "cut", "steps", "base", f"all layers, {curves[0].steps} steps", "loss", "share"], rows,
-    )  # fmt: skip
-    if rows:
-        shares = np.array([row[-1] for row in rows], float)
-        print(f"\nMedian {np.median(shares):.3f}, at least 1 in {(shares >= 1).sum()} of {len(shares)}")
+        full, adapters, best = c.retention(kind="full"), c.retention(), c.best(kind="full")
+        for cut in sorted(full):
+            run = best[cut][min(best[cut])]
+            rows.append([
+                c.task, cut, f"{run['learning_rate']:g}", run["loss"], full[cut], adapters.get(cut, ""),
+            ])  # fmt: skip
+    table("Full fine-tuning", ["task", "cut", "best rate tried", "loss", "kept", "kept with LoRA"], rows)
+
+
+def show_blocks(curves: list[Curve]) -> None:
+    """Layers trained alone, with everything above and below frozen, as a share of what all layers gain."""
+    rows: list[list[object]] = []
+    for c in curves:
+        alone: dict[tuple[int, int], list[Run]] = {}
+        for run in c.of(kind="block", steps=c.steps, seed=0):
+            alone.setdefault((run["index"], run["last"]), []).append(run)
+        gain, kept = c.base - c.best()[0][0]["loss"], c.retention()
+        for (first, last), runs in sorted(alone.items()):
+            run = min(runs, key=lambda r: r["loss"])
+            share = (c.base - run["loss"]) / gain
+            rows.append([c.task, f"{first} to {last}", f"{run['learning_rate']:g}", share, kept.get(first, "")])
+    table("Layers trained alone", ["task", "layers", "best rate tried", "kept", "all from the first on keep"], rows)
+
+
+def step_cost(cut: int, layers: int, *, cached: bool) -> float:
+    """A LoRA step above a cut, to one of all layers; with the prefix cache the mean of three epochs, which fill it."""
+    plain = 1 - cut / layers / 2
+    return (plain + 2 * (1 - cut / layers)) / 3 if cached else plain
+
+
+def show_equal_time(curves: list[Curve]) -> None:
+    """Runs that spend on more steps what their cut saves, against all layers in the usual number of steps."""
+    for cached in (False, True):
+        rows: list[list[object]] = []
+        for c in curves:
+            for run in (run for run in c.runs if run["kind"] == "cut" and run["steps"] > c.steps and run["index"]):
+                if abs(run["steps"] * step_cost(run["index"], c.layers, cached=cached) - c.steps) <= 0.7:
+                    whole = c.best()[0][run["seed"]]["loss"]
+                    gain = (c.base - run["loss"]) / (c.base - whole)
+                    rows.append([c.task, run["index"], run["steps"], c.base, whole, run["loss"], gain])
+        how = "with the prefix cache, three epochs" if cached else "without a cache"
+        table(
+            f"Equal time {how}: improvement as a share of that of all layers",
+            ["task", "cut", "steps", "base", f"all layers, {curves[0].steps} steps", "loss", "share"], rows,
+        )  # fmt: skip
+        if rows:
+            shares = np.array([row[-1] for row in rows], float)
+            print(f"\nMedian {np.median(shares):.3f}, at least 1 in {(shares >= 1).sum()} of {len(shares)}")
 
 
 def save(source: Path, folder: Path) -> None:
@@ -273,6 +309,8 @@ def main() -> None:
     show_pilot_laws(curves)
     show_choices(curves)
     show_plugin(curves)
+    show_full(curves)
+    show_blocks(curves)
     show_equal_time(curves)
 
 

@@ -165,6 +165,23 @@ def test_a_saved_plan_and_a_cut_by_hand_score_nothing(tmp_path: Path, run_inputs
     assert json.loads((first.out / "layersel" / "plan.scored.json").read_text(encoding="utf-8")) == scored
 
 
+@pytest.mark.parametrize(("adapter", "power"), [("lora", 1 / 4), (None, 3 / 4)])
+def test_the_learning_rate_is_raised_for_the_cut_on_request(
+    adapter: str | None, power: float, tmp_path: Path, run_inputs: dict[str, Path]
+) -> None:
+    """Two of six layers: the optimizer steps with the raised rate; without the option a note names the ratio."""
+    rates = {}
+    for asked in (False, True):
+        options = {"first_layer": 4, "scale_learning_rate": asked, "report": False}
+        same = {"adapter": adapter, "learning_rate": 1e-3, "lr_scheduler": "constant", "warmup_steps": 0}
+        run = _run(tmp_path / str(asked), run_inputs, layersel=options, **same)
+        rates[asked] = run.trainer.optimizer.param_groups[0]["lr"]
+        said = "is raised by" if asked else "the best learning rate was about"
+        assert any(said in note and f"{3**power:.2f}" in note for note in run.plan["notes"])
+    assert rates[False] == 1e-3
+    assert rates[True] == pytest.approx(1e-3 * 3**power)
+
+
 def test_training_every_layer_changes_nothing_for_axolotl(tmp_path: Path, run_inputs: dict[str, Path]) -> None:
     """`first_layer: 0` gives the losses of a run without the plugin, to the digit."""
     stock = _run_stock(tmp_path / "stock", run_inputs)

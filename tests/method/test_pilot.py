@@ -121,7 +121,9 @@ def test_another_rate_than_the_usual_one_must_be_clearly_better() -> None:
 
 def test_the_usual_rate_falls_with_the_width_and_rises_as_fewer_layers_are_trained() -> None:
     assert usual_rate(576) == pytest.approx(3e-3) and usual_rate(4 * 576) == pytest.approx(1.5e-3)
-    assert rate_ratio(0, 30) == 1.0 and rate_ratio(15, 30) == pytest.approx(2**0.25)
+    assert rate_ratio(0, 30) == rate_ratio(0, 30, adapters=False) == 1.0
+    assert rate_ratio(15, 30) == pytest.approx(2**0.25)
+    assert rate_ratio(15, 30) < rate_ratio(15, 30, adapters=False) < 2
 
 
 def test_equal_inputs_give_equal_pilots(found: Pilot) -> None:

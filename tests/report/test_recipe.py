@@ -68,6 +68,14 @@ def test_the_cut_replaces_all_options_of_scoring_and_the_others_stay() -> None:
     assert result["layersel"] == {"first_layer": 4, "prefix_cache": "disk", "prefix_cache_gb": 64}
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_learning_rate_that_was_raised_for_the_cut_is_written_and_not_raised_again(plain: bool) -> None:
+    updates = {**LORA_UPDATES, "learning_rate": 0.00026}
+    result = recipe(config(layersel={"scale_learning_rate": True}), lora_plan(config_updates=updates), plain=plain)
+    assert result["learning_rate"] == 0.00026
+    assert result.get("layersel", {}) == ({} if plain else {"first_layer": 4})
+
+
 def test_everything_else_is_kept_in_the_user_s_order() -> None:
     written = config()
     result = recipe(written, lora_plan())
