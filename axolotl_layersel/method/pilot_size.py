@@ -67,8 +67,8 @@ def rate_ratio(first_trainable: int, num_layers: int, *, adapters: bool = True) 
     the last one on tiny models (geometric means of their tasks), 1 and 2 on SmolLM2-135M; this gives 1.2, and 1.9 to
     2.3 for the last of 12 to 30.
     In full fine-tuning one over its 3/4th power, the careful side of what was seen on one task: 2, 4, 8 and at least
-    16 for a half, a third, a sixth and the last of the 30 layers of SmolLM2-135M, 3, 5 and 11 for 7, 2 and 1 of the 12 of a tiny
-    model.
+    16 for a half, a third, a sixth and the last of the 30 layers of SmolLM2-135M, 3, 5 and 11 for 7, 2 and 1 of the 12
+    of a tiny model.
     """
     return float((num_layers / (num_layers - first_trainable)) ** (0.25 if adapters else 0.75))
 
