@@ -12,7 +12,7 @@ LEAST_STEPS, MOST_STEPS = 8, 40  # what was measured
 MOST_EPOCHS = 2.0
 HELDOUT, LEAST_HELDOUT, ENOUGH_HELDOUT = 3 / 16, 12, 24  # share of the rows, and rows; beyond the last only if it pays
 RATES = ((0.5, 1.0), (1.0,))  # that are tried where the budget allows, times the usual one
-CLEARLY = 1.05  # times the gain at the usual rate; less says little, since few layers gain nearly as much at many rates
+CLEARLY = 1.05  # times the gain at a lower rate; less says little, since few layers gain nearly as much at many rates
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,23 @@ def rate_ratio(first_trainable: int, num_layers: int, *, adapters: bool = True) 
     With adapters one over its fourth root, which stands between what was seen: 1.4 for half of the layers and 2.9 for
     the last one on tiny models (geometric means of their tasks), 1 and 2 on SmolLM2-135M; this gives 1.2, and 1.9 to
     2.3 for the last of 12 to 30.
-    In full fine-tuning one over its 3/4th power, the careful side of what was seen on one task: 2, 4, 8 and at least
-    16 for a half, a third, a sixth and the last of the 30 layers of SmolLM2-135M, 3, 5 and 11 for 7, 2 and 1 of the 12
-    of a tiny model.
+    In full fine-tuning one over its 3/4th power, the careful side of what was seen on one task: 2, 4, 8 and 16 for a
+    half, a third, a sixth and the last of the 30 layers of SmolLM2-135M, 3, 5 and 11 for 7, 2 and 1 of the 12 of a tiny
+    model.
     """
     return float((num_layers / (num_layers - first_trainable)) ** (0.25 if adapters else 0.75))
 
 
 def better_rate(gained: Mapping[float, float]) -> float:
-    """The rate to go on with.
+    """The rate to go on with: the lowest, unless another is clearly better.
+
+    Too high a rate takes more from all layers than one that is as much too low, and few layers want a higher one.
 
     Args:
-        gained: rate, times the usual one, which is there -> what the held-out rows gained with it.
+        gained: rate, times the usual one -> what the held-out rows gained with it.
     """
-    best = max(gained, key=gained.__getitem__)
-    return 1.0 if gained[best] < CLEARLY * gained[1.0] else best
+    best, lowest = max(gained, key=gained.__getitem__), min(gained)
+    return lowest if gained[best] < CLEARLY * gained[lowest] else best
 
 
 def pilot_cut(num_layers: int) -> int:

@@ -13,7 +13,7 @@ Sources and what is our own: the docstrings there. Nothing here knows axolotl.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -182,7 +182,7 @@ def score_layers(
     return ScoredCut(first_trainable=cut, scores=scores, notes=tuple(notes))
 
 
-def _source(found: Pilot | str, law: RetentionLaw, unlike: Sequence[str], *, asked: bool) -> Iterator[str]:
+def _source(found: Pilot | str, law: RetentionLaw, unlike: Mapping[str, float], *, asked: bool) -> Iterator[str]:
     """Sentences that say where the retention comes from, what that cost, and why its band is as wide as it is."""
     if isinstance(found, str):
         why = f": {found}" if asked else ""

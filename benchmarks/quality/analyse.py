@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from curves import Array, Curve, read
@@ -19,7 +20,11 @@ from laws import chosen_cut, errors, exponent, leave_out, lower_end, pooled_expo
 from run_tables import show_blocks, show_equal_time, show_full, show_measured, show_pilots, show_rates, table
 from scipy.stats import spearmanr
 
+from axolotl_layersel.method.retention import RetentionLaw, forward_law, pilot_law, unlike_the_known
+from axolotl_layersel.plan_parts import Pilot, PilotCut
+
 HERE = Path(__file__).parent
+FAMILIES = {"gemma-3-270m": "gemma3_text"}  # models whose family is another than the law's
 COVERAGES = (0.90, 0.95, 0.98)
 KEPT_BY = (
     "kept, mean", "least", "step cost", "fixed cut at that cost keeps (mean, least)",
@@ -130,8 +135,19 @@ def show_choices(curves: list[Curve]) -> None:
     )  # fmt: skip
 
 
+def laws_now(c: Curve, scores: dict[str, Any]) -> RetentionLaw:
+    """The law that ships, through what a pilot measured when it ran, or from the loss alone."""
+    unlike = unlike_the_known(num_layers=c.layers, loss=scores["loss"], family=FAMILIES.get(c.model, "llama"))
+    if scores["pilot"] is None:
+        return forward_law(scores["loss"]).widened(unlike)
+    values = dict(scores["pilot"])
+    values["cuts"] = [PilotCut(**cut) for cut in values["cuts"]]
+    values["switched_off"] = {int(cut): left for cut, left in values["switched_off"].items()}
+    return pilot_law(Pilot(**values)).widened(unlike)
+
+
 def show_plugin(curves: list[Curve]) -> None:
-    """What the plugin said before runs of some lengths, as it stood when it ran, against what was measured."""
+    """What the plugin says before runs of some lengths, from the pilots that it ran, against what was measured."""
     by_length: dict[tuple[str, int], list[tuple[Curve, Array]]] = {}
     rows: list[list[object]] = []
     for c in curves:
@@ -139,10 +155,11 @@ def show_plugin(curves: list[Curve]) -> None:
         for run in (run for run in c.runs if run["kind"] == "choice" and len(kept) > 1):
             pilot = run["scores"]["pilot"]["pilot"]
             for name, scores in run["scores"].items():
-                low_L = np.array(scores["retention_low"])
+                law, share_L = laws_now(c, scores), np.array(scores["descent"])
+                curve_L, low_L, high_L = law.curve(share_L), law.low(share_L), law.high(share_L)
                 by_length.setdefault((name, run["steps"]), []).append((c, low_L))
-                missed = np.array([scores["retention"][k] - r for k, r in kept.items()])
-                inside = [scores["retention_low"][k] <= r <= scores["retention_high"][k] for k, r in kept.items()]
+                missed = np.array([curve_L[k] - r for k, r in kept.items()])
+                inside = [low_L[k] <= r <= high_L[k] for k, r in kept.items()]
                 rows.append([
                     c.task, run["seed"], run["steps"], pilot["steps"] if name == "pilot" else "none",
                     pilot["cost_share"] if name == "pilot" else 0.0, run["cpu_seconds"][name],

@@ -112,11 +112,12 @@ def test_all_layers_take_the_rate_that_follows_from_the_better_one_of_the_sixth(
     assert len([line for line in told if line.startswith("pilot, layers 0 to 5 at rate")]) == 1
 
 
-def test_another_rate_than_the_usual_one_must_be_clearly_better() -> None:
+def test_a_higher_rate_must_be_clearly_better() -> None:
     assert better_rate({1.0: 0.4}) == 1.0
-    assert better_rate({0.5: 0.41, 1.0: 0.40}) == 1.0
-    assert better_rate({0.5: 0.43, 1.0: 0.40}) == 0.5
+    assert better_rate({0.5: 0.40, 1.0: 0.41}) == 0.5
+    assert better_rate({0.5: 0.40, 1.0: 0.43}) == 1.0
     assert better_rate({0.5: -0.1, 1.0: -0.2}) == better_rate({0.5: 0.1, 1.0: -math.inf}) == 0.5
+    assert better_rate({0.5: -0.2, 1.0: -0.1}) == better_rate({0.5: -math.inf, 1.0: 0.1}) == 1.0
 
 
 def test_the_usual_rate_falls_with_the_width_and_rises_as_fewer_layers_are_trained() -> None:

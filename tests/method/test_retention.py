@@ -92,11 +92,11 @@ def test_the_forward_pass_alone_has_the_wider_band_and_stays_within_the_losses_s
 
 def test_each_unfamiliar_thing_widens_the_band_by_name() -> None:
     known = {"num_layers": KNOWN_LAYERS[1], "loss": 2.0, "family": KNOWN_FAMILIES[0]}
-    assert unlike_the_known(**known) == []
+    assert unlike_the_known(**known) == {}
     strange = unlike_the_known(num_layers=80, loss=0.4, family="mamba")
     assert [text.split(" (")[0] for text in strange] == [
         "80 layers", "a loss of 0.40 nats before training", "the model family mamba",
     ]  # fmt: skip
     law = pilot_law(_pilot())
-    factors = [law.widened(strange[:count]).factor for count in range(4)]
+    factors = [law.widened(dict(list(strange.items())[:count])).factor for count in range(4)]
     assert factors == sorted(set(factors))
