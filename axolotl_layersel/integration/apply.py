@@ -112,7 +112,7 @@ def _rate_note(settings: RunSettings, ratio: float) -> str:
         return f"learning_rate {settings.learning_rate:g} is raised by {ratio:.2f} for this cut (scale_learning_rate)"
     seen = (
         "more on tiny models and less on SmolLM2-135M"
-        if bool(settings.adapter)
+        if settings.adapter
         else "or more, on one task of a tiny model and of SmolLM2-135M"
     )
     return (

@@ -17,11 +17,12 @@ import numpy as np
 from curves import Array, Curve, read
 from judge import by_retention, fitted, laws_of, left_out, measured_at, task_errors
 from laws import chosen_cut, errors, exponent, leave_out, lower_end, pooled_exponent, shapes
+from pydantic import TypeAdapter
 from run_tables import show_blocks, show_equal_time, show_full, show_measured, show_pilots, show_rates, table
 from scipy.stats import spearmanr
 
 from axolotl_layersel.method.retention import RetentionLaw, forward_law, pilot_law, unlike_the_known
-from axolotl_layersel.plan_parts import Pilot, PilotCut
+from axolotl_layersel.plan_parts import Pilot
 
 HERE = Path(__file__).parent
 FAMILIES = {"gemma-3-270m": "gemma3_text"}  # models whose family is another than the law's
@@ -140,10 +141,7 @@ def laws_now(c: Curve, scores: dict[str, Any]) -> RetentionLaw:
     unlike = unlike_the_known(num_layers=c.layers, loss=scores["loss"], family=FAMILIES.get(c.model, "llama"))
     if scores["pilot"] is None:
         return forward_law(scores["loss"]).widened(unlike)
-    values = dict(scores["pilot"])
-    values["cuts"] = [PilotCut(**cut) for cut in values["cuts"]]
-    values["switched_off"] = {int(cut): left for cut, left in values["switched_off"].items()}
-    return pilot_law(Pilot(**values)).widened(unlike)
+    return pilot_law(TypeAdapter(Pilot).validate_json(json.dumps(scores["pilot"]))).widened(unlike)
 
 
 def show_plugin(curves: list[Curve]) -> None:
