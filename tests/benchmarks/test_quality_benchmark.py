@@ -291,3 +291,17 @@ def test_a_pilot_finds_the_exponent_that_other_tasks_do_not_have() -> None:
     }
     assert error["constant"] > 0.3
     assert error["pilot"] < 0.1  # beyond the pilot the descent rules, which is not the law here; the power is on a grid
+
+
+@pytest.mark.slow
+def test_the_tables_of_the_kept_evidence_can_be_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import analyse
+
+    words = [FOLDER / "results" / "smollm2", "--toys", FOLDER / "results" / "llama12"]
+    monkeypatch.setattr(sys, "argv", ["analyse.py", *map(str, words)])
+    analyse.main()
+    printed = capsys.readouterr().out
+    for title in ("Measured retention", "Coverage kept by the plugin's choice", "Full fine-tuning", "Equal time"):
+        assert f"### {title}" in printed
