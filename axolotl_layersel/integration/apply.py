@@ -49,7 +49,7 @@ def complete(
     updates = config_updates(settings, model, plan, adapters)
     notes = list(settings.notes)
     if plan.first_trainable:
-        ratio = rate_ratio(plan.first_trainable, plan.num_layers, adapters=bool(settings.adapter))
+        ratio = rate_ratio(plan.first_trainable, plan.num_layers, adapters=settings.adapter is not None)
         if settings.options.scale_learning_rate:
             updates["learning_rate"] = settings.learning_rate * ratio
         notes.append(_rate_note(settings, ratio))

@@ -115,4 +115,4 @@ def pilot_size(budget: float, work: Work) -> Size | None:
 
 def least_cost(work: Work) -> float:
     """Of the smallest pilot."""
-    return work.cost(LEAST_STEPS, ROWS_PER_STEP[-1], 1, heldout_rows(work.rows)[-1])
+    return work.cost(LEAST_STEPS, ROWS_PER_STEP[-1], len(RATES[-1]), heldout_rows(work.rows)[-1])

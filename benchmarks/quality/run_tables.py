@@ -93,7 +93,7 @@ def show_blocks(curves: list[Curve]) -> None:
 
 
 def step_cost(cut: int, layers: int, *, cached: bool) -> float:
-    """A LoRA step above a cut, to one of all layers; with the prefix cache the mean of three epochs, which fill it."""
+    """A LoRA step above a cut, to one of all layers; with the prefix cache the mean of three epochs, one to fill it."""
     plain = 1 - cut / layers / 2
     return (plain + 2 * (1 - cut / layers)) / 3 if cached else plain
 
