@@ -9,6 +9,7 @@ import pytest
 
 from axolotl_layersel.method.gain import descent, still_to_do
 from axolotl_layersel.method.retention import (
+    BEYOND,
     KNOWN_FAMILIES,
     KNOWN_LAYERS,
     KNOWN_LOSSES,
@@ -39,8 +40,14 @@ def test_the_curve_goes_through_the_pilot_and_mixes_both_shapes_below_it() -> No
     mixed = {cut: np.sqrt(OFF[cut] * left_L[cut]) for cut in OFF}
     for cut in (3, 6, 8):
         assert np.log(curve_L[cut]) == pytest.approx(np.log(0.6) * np.log(mixed[cut]) / np.log(mixed[10]))
-    assert np.log(curve_L[11]) == pytest.approx(np.log(0.6) * np.log(left_L[11]) / np.log(left_L[10]))
+    beyond = (np.log(left_L[11]) / np.log(left_L[10])) ** BEYOND
+    assert np.log(curve_L[11]) == pytest.approx(np.log(0.6) * beyond)
     assert (np.diff(curve_L) <= 0).all()
+
+
+def test_a_descent_that_is_all_beyond_the_pilots_cut_still_gives_a_curve() -> None:
+    curve_L = through_pilot(np.eye(12)[11], OFF, cut=10, kept=0.6)
+    assert curve_L[10] == pytest.approx(0.6) and np.isfinite(curve_L).all() and (np.diff(curve_L) <= 0).all()
 
 
 def test_resamples_are_weighed_like_single_ones() -> None:
