@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 from curves import Array, Curve, read
 from judge import by_retention, fitted, laws_of, left_out, measured_at, task_errors
-from laws import chosen_cut, errors, exponent, leave_out, lower_end, pooled_exponent, shapes
+from laws import FLOOR, chosen_cut, errors, exponent, leave_out, lower_end, pooled_exponent, shapes
 from pydantic import TypeAdapter
 from run_tables import show_blocks, show_equal_time, show_full, show_measured, show_pilots, show_rates, table
 from scipy.stats import spearmanr
 
+from axolotl_layersel.method.gain import still_to_do
+from axolotl_layersel.method.pilot_size import pilot_cut
 from axolotl_layersel.method.retention import RetentionLaw, forward_law, pilot_law, unlike_the_known
 from axolotl_layersel.plan_parts import Pilot
 
 HERE = Path(__file__).parent
 FAMILIES = {"gemma-3-270m": "gemma3_text"}  # models whose family is another than the law's
 COVERAGES = (0.90, 0.95, 0.98)
+BEYOND_POWERS = (0.3, 0.5, 0.7, 0.85, 1.0)
 KEPT_BY = (
     "kept, mean", "least", "step cost", "fixed cut at that cost keeps (mean, least)",
     "rank correlation with the measured cut",
@@ -179,6 +182,33 @@ def show_plugin(curves: list[Curve]) -> None:
     )  # fmt: skip
 
 
+def show_beyond(curves: list[Curve], toys: list[Curve]) -> None:
+    """How fast retention falls beyond the pilot's cut: the power of ln s(k), with the measured retention at the cut."""
+    rows: list[list[object]] = []
+    for name, group in {"evidence": curves, "toys": toys}.items():
+        found = []
+        for c in group:
+            kept, cut = c.retention(), pilot_cut(c.layers)
+            if (shape_L := known_descent(c)) is not None and 0 < kept.get(cut, 0) < 1:
+                steepness_L = np.log(np.clip(shape_L, FLOOR, 1 - FLOOR))
+                found += [(kept[cut], steepness_L[k] / steepness_L[cut], kept[k]) for k in kept if k > cut]
+        if found:
+            misses = [np.mean([abs(at**ratio**power - r) for at, ratio, r in found]) for power in BEYOND_POWERS]
+            rows.append([name, len(found), *map(float, misses)])
+    table(
+        "Beyond the pilot's cut: mean error by the power of ln s(k)",
+        ["models", "points", *(f"{power:g}" for power in BEYOND_POWERS)], rows,
+    )  # fmt: skip
+
+
+def known_descent(c: Curve) -> Array | None:
+    """s(k) of the cosine deviation, from the signals of a pair or from what the plugin said."""
+    if "rows" in c.signals or "means" in c.signals:
+        return shapes(c)["cosine"]
+    said = [run["scores"]["forward"] for run in c.runs if run["kind"] == "choice"]
+    return still_to_do(np.array(said[0]["descent"])) if said else None
+
+
 def save(source: Path, folder: Path) -> None:
     """The raw runs and signals of a worker's folder, small enough for a repository."""
     (folder / "signals").mkdir(parents=True, exist_ok=True)
@@ -211,6 +241,7 @@ def main() -> None:
     show_pilot_laws(curves)
     show_choices(curves)
     show_plugin(curves)
+    show_beyond(curves, toys)
     show_full(curves)
     show_blocks(curves)
     show_equal_time(curves)

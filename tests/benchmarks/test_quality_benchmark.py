@@ -303,5 +303,8 @@ def test_the_tables_of_the_kept_evidence_can_be_printed(
     monkeypatch.setattr(sys, "argv", ["analyse.py", *map(str, words)])
     analyse.main()
     printed = capsys.readouterr().out
-    for title in ("Measured retention", "Coverage kept by the plugin's choice", "Full fine-tuning", "Equal time"):
+    for title in (
+        "Measured retention", "Coverage kept by the plugin's choice", "Beyond the pilot's cut", "Full fine-tuning",
+        "Equal time",
+    ):  # fmt: skip
         assert f"### {title}" in printed
