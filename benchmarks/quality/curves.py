@@ -70,9 +70,16 @@ class Curve:
         return kept
 
     def seed_spreads(self) -> list[float]:
-        """Standard deviation of retention over seeds, for every cut and rate that has more than one beside cut 0."""
-        whole = self.best()[0]
+        """Standard deviation of retention over seeds, for every cut and rate that has more than one beside cut 0.
+
+        Against all layers at the rate that has most seeds, each seed against its own.
+        """
         kept: dict[tuple[int, float], list[float]] = {}
+        by_rate: dict[float, dict[int, Run]] = {}
+        for run in self.of(steps=self.steps):
+            if run["index"] == 0:
+                by_rate.setdefault(run["learning_rate"], {})[run["seed"]] = run
+        whole = max(by_rate.values(), key=len, default={})
         for run in self.of(steps=self.steps):
             if run["index"] and run["seed"] in whole:
                 ratio = (self.base - run["loss"]) / (self.base - whole[run["seed"]]["loss"])
