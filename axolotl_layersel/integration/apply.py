@@ -111,12 +111,12 @@ def _rate_note(settings: RunSettings, ratio: float) -> str:
     if settings.options.scale_learning_rate:
         return f"learning_rate {settings.learning_rate:g} is raised by {ratio:.2f} for this cut (scale_learning_rate)"
     seen = (
-        "more on tiny models and less on SmolLM2-135M"
+        "tiny models, SmolLM2-135M and Gemma 3 270M"
         if settings.adapter
-        else "or more, on one task of a tiny model and of SmolLM2-135M"
+        else "one task of a tiny model and of SmolLM2-135M"
     )
     return (
-        f"at such a cut the best learning rate was about {ratio:.2f} times that of all layers, {seen}: "
+        f"at such a cut the best learning rate was about {ratio:.2f} times that of all layers or more, on {seen}: "
         "`scale_learning_rate: true` raises yours"
     )
 
