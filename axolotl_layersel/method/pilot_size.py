@@ -55,8 +55,8 @@ def usual_rate(width: int) -> float:
     """The learning rate of adapters on all layers around which a pilot tries, for a hidden size.
 
     1.5e-3 or 3e-3 was best on SmolLM2-135M (hidden size 576), about 1e-2 on tiny models (256), 5e-4 or 1e-3 on Gemma 3
-    270M (640), in 40 steps; shorter trainings want more. That
-    wider models want less is common experience; one over the square root stands between what is reported of them.
+    270M (640), in 40 steps; shorter trainings want more. That wider models want less is common experience; one over the
+    square root stands between what is reported of them.
     """
     return 3e-3 * math.sqrt(576 / width)
 
