@@ -18,7 +18,7 @@ from axolotl_layersel.integration.cache_prediction import with_cache
 from axolotl_layersel.integration.log import LOG
 from axolotl_layersel.integration.run_settings import RunSettings
 from axolotl_layersel.integration.runnable_model import evaluating
-from axolotl_layersel.method.pilot_size import rate_ratio
+from axolotl_layersel.method.pilot_rates import rate_ratio
 from axolotl_layersel.model.adapted_modules import Adapters, adapted_modules
 from axolotl_layersel.model.decoder_stack import DecoderStack, find_stack
 from axolotl_layersel.model.weights_here import whole_shape

@@ -108,21 +108,41 @@ class Trainer:
                     return [np.full(len(self.heldout), np.inf)] * (1 + len(judged_from))
             return [self.heldout_losses(start) for start in (cut, *judged_from)]
 
+    def after_first_step(self, cut: int, rates: Sequence[float], *, seed: int, indices: Sequence[int]) -> list[Array]:
+        """Summed cross-entropy of some rows after the first step of AdamW on layers cut..L-1, at each of some rates.
+
+        Only the adapters' second factors have a gradient then, and each of their entries moves by the rate.
+        """
+        adapters = low_rank_adapters(self.stack, first_trainable=cut, seed=seed)
+        with adapters as parameters, self._recomputing(cut):
+            self._backward(cut, next(self.order(1, seed)))
+            losses = []
+            for rate in rates:
+                for up in parameters[1::2]:
+                    assert up.grad is not None
+                    up.data = -rate * up.grad.sign()
+                losses.append(self.heldout_losses(cut, indices))
+            return losses
+
     def _step(
         self, cut: int, chosen: Sequence[int], parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> bool:
         """One optimizer step; whether its gradient was finite."""
-        tokens = sum(self.rows[row].scored for row in chosen)
-        for batch in self._batches(chosen):
-            with self._starting_at(cut, batch), torch.enable_grad():
-                loss = self._loss_of_rows(batch).sum() / tokens
-                loss.backward()
+        self._backward(cut, chosen)
         norm = torch.nn.utils.clip_grad_norm_(parameters, _GRADIENT_NORM)
         if not torch.isfinite(norm):
             return False
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return True
+
+    def _backward(self, cut: int, chosen: Sequence[int]) -> None:
+        """Gradients of the mean loss over the scored tokens of some rows."""
+        tokens = sum(self.rows[row].scored for row in chosen)
+        for batch in self._batches(chosen):
+            with self._starting_at(cut, batch), torch.enable_grad():
+                loss = self._loss_of_rows(batch).sum() / tokens
+                loss.backward()
 
     def order(self, steps: int, seed: int) -> Iterator[list[int]]:
         """The rows of every step: all in a new order in each epoch."""

@@ -20,17 +20,22 @@ from axolotl_layersel.method.calibration import Row
 from axolotl_layersel.method.low_rank import low_rank_adapters
 from axolotl_layersel.method.pilot import PilotSettings, run_pilot
 from axolotl_layersel.method.pilot_result import Arm, result_of
+from axolotl_layersel.method.pilot_rates import (
+    BEST_FIRST_STEP,
+    FIRST_STEPS,
+    better_rate,
+    first_step_factor,
+    rate_ratio,
+    usual_rate,
+)
 from axolotl_layersel.method.pilot_size import (
     MOST_EPOCHS,
     Size,
     Work,
-    better_rate,
     least_cost,
     pilot_cut,
     pilot_size,
-    rate_ratio,
     switched_off_cuts,
-    usual_rate,
 )
 from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen, rate_at
 from axolotl_layersel.method.retention import pilot_law
@@ -95,21 +100,61 @@ def test_adapters_below_a_cut_are_switched_off_by_starting_there(trainer: Traine
     assert not np.allclose(started, whole, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("run_tokens", "usual", "tried", "best"), [(1e6, 0.0127, 2, 1.0), (1e6, 0.04, 2, 0.5), (5.4e4, 0.0127, 1, 1.0)]
-)
-def test_all_layers_take_the_rate_that_follows_from_the_better_one_of_the_sixth(
-    run_tokens: float, usual: float, tried: int, best: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pilots, "usual_rate", lambda width: usual)
+@pytest.mark.parametrize(("run_tokens", "tried"), [(1e6, 2), (6e4, 1)])
+def test_all_layers_take_the_rate_that_follows_from_the_better_one_of_the_sixth(run_tokens: float, tried: int) -> None:
     told: list[str] = []
     settings = PilotSettings(run_tokens=run_tokens, say=told.append)
     every, sixth = _pilot(tiny_llama(num_layers=LAYERS), settings=settings).cuts
-    losses = [float(line.split()[-2]) for line in told if line.startswith("pilot, layers 5 to 5 at rate")]
+    lines = [line.split() for line in told if line.startswith("pilot, layers 5 to 5 at rate")]
+    losses, rates = [float(line[-2]) for line in lines], [float(line[7].rstrip(":")) for line in lines]
     assert len(losses) == tried and sixth.loss == pytest.approx(min(losses), abs=6e-4)
-    assert sixth.learning_rate == pytest.approx(best * usual * rate_ratio(5, LAYERS))
-    assert every.learning_rate == pytest.approx(best * usual)
+    assert sixth.learning_rate == pytest.approx(rates[int(np.argmin(losses))], rel=0.05)
+    assert tried == 1 or rates[1] == pytest.approx(2 * rates[0], rel=0.1)
+    assert every.learning_rate == pytest.approx(sixth.learning_rate / rate_ratio(5, LAYERS))
     assert len([line for line in told if line.startswith("pilot, layers 0 to 5 at rate")]) == 1
+
+
+def test_a_model_whose_first_step_may_not_go_far_is_trained_at_a_lower_rate() -> None:
+    """Inputs of the last layer that are ten times as large let each entry of an adapter move a tenth as far."""
+    model = tiny_llama(num_layers=LAYERS)
+    usual = _pilot(model).cuts[1].learning_rate
+    with torch.no_grad():
+        for norm in (model.model.layers[-1].input_layernorm, model.model.layers[-1].post_attention_layernorm):
+            norm.weight.mul_(10)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(model.model.layers[-1].self_attn, name).weight.div_(10)
+        for name in ("gate_proj", "up_proj"):
+            getattr(model.model.layers[-1].mlp, name).weight.div_(10)
+    assert _pilot(model).cuts[1].learning_rate < 0.7 * usual
+
+
+def test_the_first_step_is_that_of_the_optimizer(trainer: Trainer) -> None:
+    rates = [1e-3, 1e-2]
+    found = trainer.after_first_step(0, rates, seed=0, indices=trainer.heldout)
+    for rate, losses_H in zip(rates, found, strict=True):
+        with low_rank_adapters(trainer.stack, first_trainable=0, seed=0) as parameters:
+            optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+            assert trainer._step(0, next(trainer.order(1, 0)), parameters, optimizer)
+            np.testing.assert_allclose(losses_H, trainer.heldout_losses(0), rtol=1e-3)
+    assert found[1].sum() < found[0].sum() < trainer.heldout_losses(0).sum()
+
+
+def test_the_rate_goes_half_of_the_way_to_the_best_first_step() -> None:
+    def factor(best: float) -> float:
+        gains = {length: 1 - math.log(length / best) ** 2 for length in FIRST_STEPS}
+        return first_step_factor(gains)
+
+    assert factor(BEST_FIRST_STEP) == pytest.approx(1.0)
+    assert factor(BEST_FIRST_STEP / 4) == pytest.approx(0.5)
+    assert factor(0.3) == pytest.approx(math.sqrt(0.3 / BEST_FIRST_STEP))
+    assert factor(1e-3) == factor(1e-4) == pytest.approx(math.sqrt(FIRST_STEPS[0] / BEST_FIRST_STEP))
+    assert factor(1e3) == pytest.approx(math.sqrt(FIRST_STEPS[-1] / BEST_FIRST_STEP))
+
+
+@pytest.mark.parametrize("beyond", [-math.inf, math.nan])
+def test_a_first_step_that_breaks_the_model_is_not_taken(beyond: float) -> None:
+    gains = dict.fromkeys(FIRST_STEPS, beyond) | {FIRST_STEPS[0]: 0.1, FIRST_STEPS[1]: 0.2}
+    assert first_step_factor(gains) == pytest.approx(math.sqrt(FIRST_STEPS[1] / BEST_FIRST_STEP))
 
 
 def test_a_higher_rate_must_be_clearly_better() -> None:
