@@ -5,7 +5,8 @@
                              work lies above, for a few forward passes
 
 The rate follows from the hidden size and from how far the first step of the sixth may go; half of it is tried as well
-where the budget allows, and all layers take the one that follows from the better. `retention.py` makes a curve of what is found here.
+where the budget allows, and all layers take the one that follows from the better. `retention.py` makes a curve of what
+is found here.
 
 The pilot costs a given share of the run (`pilot_share`), in forward passes of the model; where that does not pay for
 the smallest one, or the model cannot be piloted, the forward pass alone has to do, with a wider band.
@@ -25,15 +26,15 @@ from torch import nn
 
 from axolotl_layersel.method.calibration import IGNORED, Row
 from axolotl_layersel.method.low_rank import linear_modules
-from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_rates import (
     FIRST_STEP_ROWS,
     FIRST_STEPS,
     better_rate,
     first_step_factor,
-    rate_ratio,
+    sixth_ratio,
     usual_rate,
 )
+from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_size import Size, Work, least_cost, pilot_cut, pilot_size, switched_off_cuts
 from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen, takes_positions
 from axolotl_layersel.model.decoder_stack import DecoderStack
@@ -191,7 +192,7 @@ def _train_arms(
     usual = _rate_here(trainer, base_H, sixth, usual, seed=seed, say=say)
 
     def train(cut: int, times: float, judged_from: Sequence[int] = ()) -> tuple[Arm, list[Array]]:
-        rate = times * usual * rate_ratio(cut, layers)
+        rate = times * usual * sixth_ratio(cut, layers)
         losses_H, *off = trainer.trained(cut, learning_rate=rate, steps=size.steps, seed=seed, judged_from=judged_from)
         say(
             f"pilot, layers {cut} to {layers - 1} at rate {rate:.2g}: "
@@ -220,7 +221,7 @@ def _rate_here(
     trainer: Trainer, base_H: Array, cut: int, usual: float, *, seed: int, say: Callable[[str], None]
 ) -> float:
     """The rate of all layers around which to try, from how far the first step of layers cut..L-1 may go."""
-    lengths = [times * usual * rate_ratio(cut, trainer.stack.num_layers) for times in FIRST_STEPS]
+    lengths = [times * usual * sixth_ratio(cut, trainer.stack.num_layers) for times in FIRST_STEPS]
     judges = trainer.heldout[:FIRST_STEP_ROWS]
     after = trainer.after_first_step(cut, lengths, seed=seed, indices=judges)
     gained = [float(base_H[: len(judges)].sum() - losses_H.sum()) for losses_H in after]

@@ -19,15 +19,16 @@ from axolotl_layersel.method import pilot as pilots
 from axolotl_layersel.method.calibration import Row
 from axolotl_layersel.method.low_rank import low_rank_adapters
 from axolotl_layersel.method.pilot import PilotSettings, run_pilot
-from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_rates import (
     BEST_FIRST_STEP,
     FIRST_STEPS,
     better_rate,
     first_step_factor,
     rate_ratio,
+    sixth_ratio,
     usual_rate,
 )
+from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_size import (
     MOST_EPOCHS,
     Size,
@@ -110,7 +111,7 @@ def test_all_layers_take_the_rate_that_follows_from_the_better_one_of_the_sixth(
     assert len(losses) == tried and sixth.loss == pytest.approx(min(losses), abs=6e-4)
     assert sixth.learning_rate == pytest.approx(rates[int(np.argmin(losses))], rel=0.05)
     assert tried == 1 or rates[1] == pytest.approx(2 * rates[0], rel=0.1)
-    assert every.learning_rate == pytest.approx(sixth.learning_rate / rate_ratio(5, LAYERS))
+    assert every.learning_rate == pytest.approx(sixth.learning_rate / sixth_ratio(5, LAYERS))
     assert len([line for line in told if line.startswith("pilot, layers 0 to 5 at rate")]) == 1
 
 
@@ -166,10 +167,11 @@ def test_a_higher_rate_must_be_clearly_better() -> None:
 
 
 def test_the_usual_rate_falls_with_the_width_and_rises_as_fewer_layers_are_trained() -> None:
-    assert usual_rate(576) == pytest.approx(3e-3) and usual_rate(4 * 576) == pytest.approx(1.5e-3)
+    assert usual_rate(576) == pytest.approx(2e-3) and usual_rate(4 * 576) == pytest.approx(1e-3)
     assert rate_ratio(0, 30) == rate_ratio(0, 30, adapters=False) == 1.0
     assert rate_ratio(15, 30) == pytest.approx(2**0.25)
     assert rate_ratio(15, 30) < rate_ratio(15, 30, adapters=False) < 2
+    assert rate_ratio(25, 30) < sixth_ratio(25, 30) == pytest.approx(6**0.5)
 
 
 def test_equal_inputs_give_equal_pilots(found: Pilot) -> None:
