@@ -4,9 +4,8 @@
     all layers               what that is a share of; then, with its adapters below a cut switched off, how much of the
                              work lies above, for a few forward passes
 
-The rate follows from the hidden size and from how far the first step of the sixth may go; half of it is tried as well
-where the budget allows, and all layers take the one that follows from the better. `retention.py` makes a curve of what
-is found here.
+The rates follow from the hidden size and from how far the first step of the sixth may go. `retention.py` makes a curve
+of what is found here.
 
 The pilot costs a given share of the run (`pilot_share`), in forward passes of the model; where that does not pay for
 the smallest one, or the model cannot be piloted, the forward pass alone has to do, with a wider band.
@@ -29,7 +28,6 @@ from axolotl_layersel.method.low_rank import linear_modules
 from axolotl_layersel.method.pilot_rates import (
     FIRST_STEP_ROWS,
     FIRST_STEPS,
-    better_rate,
     first_step_factor,
     sixth_ratio,
     usual_rate,
@@ -179,7 +177,7 @@ def _uncached(autocast: torch.dtype | None, device: torch.device) -> AbstractCon
 def _train_arms(
     trainer: Trainer, size: Size, cost_share: float, usual: float, *, seed: int, say: Callable[[str], None]
 ) -> Pilot:
-    """A sixth of the layers at its best rate, then all layers at the rate that follows from it."""
+    """A sixth of the layers, then all of them, at the rates that follow from the first step of the sixth."""
     layers = trainer.stack.num_layers
     sixth, cuts = pilot_cut(layers), switched_off_cuts(layers)
     for cut in cuts:
@@ -191,8 +189,8 @@ def _train_arms(
     scored = sum(trainer.rows[row].scored for row in trainer.heldout)
     usual = _rate_here(trainer, base_H, sixth, usual, seed=seed, say=say)
 
-    def train(cut: int, times: float, judged_from: Sequence[int] = ()) -> tuple[Arm, list[Array]]:
-        rate = times * usual * sixth_ratio(cut, layers)
+    def train(cut: int, judged_from: Sequence[int] = ()) -> tuple[Arm, list[Array]]:
+        rate = usual * sixth_ratio(cut, layers)
         losses_H, *off = trainer.trained(cut, learning_rate=rate, steps=size.steps, seed=seed, judged_from=judged_from)
         say(
             f"pilot, layers {cut} to {layers - 1} at rate {rate:.2g}: "
@@ -200,14 +198,12 @@ def _train_arms(
         )
         return Arm(cut, rate, losses_H), off
 
-    tried = {times: train(sixth, times)[0] for times in size.rates}
-    gained = {times: float((base_H - arm.losses_H).sum()) for times, arm in tried.items()}
-    best = better_rate(gained)
-    whole, off = train(0, best, cuts)
+    part, _ = train(sixth)
+    whole, off = train(0, cuts)
     return result_of(
         base_H,
         whole,
-        tried[best],
+        part,
         dict(zip(cuts, off, strict=True)),
         scored=scored,
         size=size,

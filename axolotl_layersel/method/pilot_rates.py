@@ -10,7 +10,6 @@ import numpy as np
 FIRST_STEPS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # lengths of the first step that are tried, times the usual rate
 FIRST_STEP_ROWS = 8  # held-out rows that judge them
 BEST_FIRST_STEP = 1.6  # times the usual rate, on SmolLM2-135M, where that rate is good
-CLEARLY = 1.05  # times the gain at a lower rate; less says little, since few layers gain nearly as much at many rates
 
 
 def usual_rate(width: int) -> float:
@@ -61,15 +60,3 @@ def rate_ratio(first_trainable: int, num_layers: int, *, adapters: bool = True) 
     model.
     """
     return float((num_layers / (num_layers - first_trainable)) ** (0.25 if adapters else 0.75))
-
-
-def better_rate(gained: Mapping[float, float]) -> float:
-    """The rate to go on with: the lowest, unless another is clearly better.
-
-    Too high a rate takes more from all layers than one that is as much too low, and few layers want a higher one.
-
-    Args:
-        gained: rate, times the usual one -> what the held-out rows gained with it.
-    """
-    best, lowest = max(gained, key=gained.__getitem__), min(gained)
-    return lowest if gained[best] < CLEARLY * gained[lowest] else best

@@ -1,4 +1,4 @@
-"""How long a pilot may be, which layers it trains, and at how many rates."""
+"""How long a pilot may be, and which layers it trains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ ROWS_PER_STEP = (8, 7, 6)
 LEAST_STEPS, MOST_STEPS = 8, 40  # what was measured
 MOST_EPOCHS = 2.0
 HELDOUT, LEAST_HELDOUT, ENOUGH_HELDOUT = 3 / 16, 12, 24  # share of the rows, and rows; beyond the last only if it pays
-RATES = ((0.5, 1.0), (1.0,))  # that are tried where the budget allows, times the usual one
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,6 @@ class Size:
     steps: int
     rows_per_step: int
     heldout_rows: int
-    rates: tuple[float, ...]  # that the few layers try, times the usual one; all layers take the better
     cost: float  # tokens that go forward through the whole model
 
 
@@ -36,10 +34,10 @@ class Work:
     step_passes: float  # forward passes of the trained part that a step takes, the backward pass in forward passes
     unembedded: float = 1.0  # share of the positions that a pilot unembeds; the run unembeds all
 
-    def cost(self, steps: int, rows_per_step: int, rates: int, heldout: int) -> float:
+    def cost(self, steps: int, rows_per_step: int, heldout: int) -> float:
         """Tokens that go forward through the whole model."""
         last, used = pilot_cut(self.num_layers), min(self.rows - heldout, steps * rows_per_step)
-        arms = rates * self._pass(last) + self._pass(0)
+        arms = self._pass(last) + self._pass(0)
         trained = steps * rows_per_step * self.step_passes * arms
         states = (used + heldout) * last / (self.num_layers + self.head_layers)
         first = rows_per_step * self.step_passes + len(FIRST_STEPS) * min(heldout, FIRST_STEP_ROWS)
@@ -70,15 +68,15 @@ def heldout_rows(rows: int) -> list[int]:
 
 
 def pilot_size(budget: float, work: Work) -> Size | None:
-    """The longest pilot that a budget of forward tokens pays for, with more than one rate if it can; None if none."""
-    for rates, heldout, rows in product(RATES, heldout_rows(work.rows), ROWS_PER_STEP):
+    """The longest pilot that a budget of forward tokens pays for; None if none."""
+    for heldout, rows in product(heldout_rows(work.rows), ROWS_PER_STEP):
         most = min(int(MOST_EPOCHS * (work.rows - heldout) / rows), MOST_STEPS)
         for steps in range(most, LEAST_STEPS - 1, -1):
-            if (cost := work.cost(steps, rows, len(rates), heldout)) <= budget:
-                return Size(steps=steps, rows_per_step=rows, heldout_rows=heldout, rates=rates, cost=cost)
+            if (cost := work.cost(steps, rows, heldout)) <= budget:
+                return Size(steps=steps, rows_per_step=rows, heldout_rows=heldout, cost=cost)
     return None
 
 
 def least_cost(work: Work) -> float:
     """Of the smallest pilot."""
-    return work.cost(LEAST_STEPS, ROWS_PER_STEP[-1], len(RATES[-1]), heldout_rows(work.rows)[-1])
+    return work.cost(LEAST_STEPS, ROWS_PER_STEP[-1], heldout_rows(work.rows)[-1])
