@@ -29,7 +29,7 @@ from axolotl_layersel.method.pilot_rates import (
     FIRST_STEP_ROWS,
     FIRST_STEPS,
     first_step_factor,
-    sixth_ratio,
+    rate_ratio,
     usual_rate,
 )
 from axolotl_layersel.method.pilot_result import Arm, result_of
@@ -190,7 +190,7 @@ def _train_arms(
     usual = _rate_here(trainer, base_H, sixth, usual, seed=seed, say=say)
 
     def train(cut: int, judged_from: Sequence[int] = ()) -> tuple[Arm, list[Array]]:
-        rate = usual * sixth_ratio(cut, layers)
+        rate = usual * rate_ratio(cut, layers)
         losses_H, *off = trainer.trained(cut, learning_rate=rate, steps=size.steps, seed=seed, judged_from=judged_from)
         say(
             f"pilot, layers {cut} to {layers - 1} at rate {rate:.2g}: "
@@ -217,7 +217,7 @@ def _rate_here(
     trainer: Trainer, base_H: Array, cut: int, usual: float, *, seed: int, say: Callable[[str], None]
 ) -> float:
     """The rate of all layers around which to try, from how far the first step of layers cut..L-1 may go."""
-    lengths = [times * usual * sixth_ratio(cut, trainer.stack.num_layers) for times in FIRST_STEPS]
+    lengths = [times * usual * rate_ratio(cut, trainer.stack.num_layers) for times in FIRST_STEPS]
     judges = trainer.heldout[:FIRST_STEP_ROWS]
     after = trainer.after_first_step(cut, lengths, seed=seed, indices=judges)
     gained = [float(base_H[: len(judges)].sum() - losses_H.sum()) for losses_H in after]

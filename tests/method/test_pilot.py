@@ -20,11 +20,11 @@ from axolotl_layersel.method.calibration import Row
 from axolotl_layersel.method.low_rank import low_rank_adapters
 from axolotl_layersel.method.pilot import PilotSettings, run_pilot
 from axolotl_layersel.method.pilot_rates import (
-    BEST_FIRST_STEP,
+    FAR_ENOUGH,
+    FIRST_STEP_POWER,
     FIRST_STEPS,
     first_step_factor,
     rate_ratio,
-    sixth_ratio,
     usual_rate,
 )
 from axolotl_layersel.method.pilot_result import Arm, result_of
@@ -106,7 +106,7 @@ def test_both_trainings_take_the_rate_that_follows_from_the_first_step() -> None
     every, sixth = _pilot(tiny_llama(num_layers=LAYERS), settings=settings).cuts
     said = next(float(line.split()[6]) for line in told if line.startswith("pilot, rate by the first step"))
     assert every.learning_rate == pytest.approx(said, rel=0.05)
-    assert sixth.learning_rate == pytest.approx(every.learning_rate * sixth_ratio(5, LAYERS))
+    assert sixth.learning_rate == pytest.approx(every.learning_rate * rate_ratio(5, LAYERS))
 
 
 def test_a_model_whose_first_step_may_not_go_far_is_trained_at_a_lower_rate() -> None:
@@ -134,30 +134,28 @@ def test_the_first_step_is_that_of_the_optimizer(trainer: Trainer) -> None:
     assert found[1].sum() < found[0].sum() < trainer.heldout_losses(0).sum()
 
 
-def test_the_rate_goes_half_of_the_way_to_the_best_first_step() -> None:
+def test_the_rate_falls_where_the_first_step_may_not_go_far_and_never_rises() -> None:
     def factor(best: float) -> float:
-        gains = {length: 1 - math.log(length / best) ** 2 for length in FIRST_STEPS}
-        return first_step_factor(gains)
+        return first_step_factor({length: 1 - math.log(length / best) ** 2 for length in FIRST_STEPS})
 
-    assert factor(BEST_FIRST_STEP) == pytest.approx(1.0)
-    assert factor(BEST_FIRST_STEP / 4) == pytest.approx(0.5)
-    assert factor(0.3) == pytest.approx(math.sqrt(0.3 / BEST_FIRST_STEP))
-    assert factor(1e-3) == factor(1e-4) == pytest.approx(math.sqrt(FIRST_STEPS[0] / BEST_FIRST_STEP))
-    assert factor(1e3) == pytest.approx(math.sqrt(FIRST_STEPS[-1] / BEST_FIRST_STEP))
+    assert factor(FAR_ENOUGH) == pytest.approx(1.0)
+    assert factor(FAR_ENOUGH / 4) == pytest.approx(0.25**FIRST_STEP_POWER)
+    assert factor(0.3) == pytest.approx((0.3 / FAR_ENOUGH) ** FIRST_STEP_POWER)
+    assert factor(1e-3) == factor(1e-4) == pytest.approx((FIRST_STEPS[0] / FAR_ENOUGH) ** FIRST_STEP_POWER)
+    assert factor(10.0) == factor(1e3) == 1.0
 
 
 @pytest.mark.parametrize("beyond", [-math.inf, math.nan])
 def test_a_first_step_that_breaks_the_model_is_not_taken(beyond: float) -> None:
     gains = dict.fromkeys(FIRST_STEPS, beyond) | {FIRST_STEPS[0]: 0.1, FIRST_STEPS[1]: 0.2}
-    assert first_step_factor(gains) == pytest.approx(math.sqrt(FIRST_STEPS[1] / BEST_FIRST_STEP))
+    assert first_step_factor(gains) == pytest.approx((FIRST_STEPS[1] / FAR_ENOUGH) ** FIRST_STEP_POWER)
 
 
 def test_the_usual_rate_falls_with_the_width_and_rises_as_fewer_layers_are_trained() -> None:
-    assert usual_rate(576) == pytest.approx(2e-3) and usual_rate(4 * 576) == pytest.approx(1e-3)
+    assert usual_rate(576) == pytest.approx(3e-3) and usual_rate(4 * 576) == pytest.approx(1.5e-3)
     assert rate_ratio(0, 30) == rate_ratio(0, 30, adapters=False) == 1.0
     assert rate_ratio(15, 30) == pytest.approx(2**0.25)
     assert rate_ratio(15, 30) < rate_ratio(15, 30, adapters=False) < 2
-    assert rate_ratio(25, 30) < sixth_ratio(25, 30) == pytest.approx(6**0.5)
 
 
 def test_equal_inputs_give_equal_pilots(found: Pilot) -> None:
