@@ -101,7 +101,7 @@ def step_cost(cut: int, layers: int, *, cached: bool) -> float:
 
 
 def show_equal_time(curves: list[Curve]) -> None:
-    """Runs that spend on more steps what their cut saves, against all layers in the usual number; best rates of both."""
+    """Runs that spend on more steps what their cut saves, against all layers in the usual steps; best rates of both."""
     for cached in (False, True):
         rows: list[list[object]] = []
         for c in curves:
