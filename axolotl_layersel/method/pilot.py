@@ -216,7 +216,7 @@ def _train_arms(
 def _rate_here(
     trainer: Trainer, base_H: Array, cut: int, usual: float, *, seed: int, say: Callable[[str], None]
 ) -> float:
-    """The rate of all layers around which to try, from how far the first step of layers cut..L-1 may go."""
+    """The rate of all layers for this model and data, from how far the first step of layers cut..L-1 may go."""
     lengths = [times * usual * rate_ratio(cut, trainer.stack.num_layers) for times in FIRST_STEPS]
     judges = trainer.heldout[:FIRST_STEP_ROWS]
     after = trainer.after_first_step(cut, lengths, seed=seed, indices=judges)

@@ -1,4 +1,4 @@
-"""The learning rates of a pilot's trainings."""
+"""The learning rates of a pilot, and how the best one rises with a cut, which the run itself is told as well."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAR_ENOUGH, FIRST_STEP_POWER = 1.7, 0.75
 
 
 def usual_rate(width: int) -> float:
-    """The learning rate of adapters on all layers around which a pilot tries, for a hidden size.
+    """The learning rate of adapters on all layers that a pilot takes at most, for a hidden size.
 
     1.5e-3 or 3e-3 was best on SmolLM2-135M (hidden size 576), about 1e-2 on tiny models (256), 5e-4 or 1e-3 on Gemma 3
     270M (640), in 40 steps; shorter trainings want more. That wider models want less is common experience; one over the

@@ -40,7 +40,7 @@ class Work:
         arms = self._pass(last) + self._pass(0)
         trained = steps * rows_per_step * self.step_passes * arms
         states = (used + heldout) * last / (self.num_layers + self.head_layers)
-        first = rows_per_step * self.step_passes + len(FIRST_STEPS) * min(heldout, FIRST_STEP_ROWS)
+        first = rows_per_step * self.step_passes + len(FIRST_STEPS) * FIRST_STEP_ROWS
         judged = self._pass(last) + arms + sum(map(self._pass, switched_off_cuts(self.num_layers)))
         return self.row_tokens * (trained + first * self._pass(last) + states + heldout * judged)
 

@@ -105,13 +105,14 @@ def show_equal_time(curves: list[Curve]) -> None:
     for cached in (False, True):
         rows: list[list[object]] = []
         for c in curves:
-            best: dict[tuple[int, int], float] = {}
-            whole = c.best()[0][0]["loss"]
+            best: dict[tuple[int, int, int], float] = {}
             for run in (run for run in c.runs if run["kind"] == "cut" and run["steps"] > c.steps and run["index"]):
                 if abs(run["steps"] * step_cost(run["index"], c.layers, cached=cached) - c.steps) <= 0.7:
-                    pair = (run["index"], run["steps"])
+                    pair = (run["index"], run["steps"], run["seed"])
                     best[pair] = min(run["loss"], best.get(pair, math.inf))
-            rows += [[c.task, *pair, c.base, whole, x, (c.base - x) / (c.base - whole)] for pair, x in best.items()]
+            for (cut, steps, seed), loss in best.items():
+                whole = c.best()[0][seed]["loss"]
+                rows.append([c.task, cut, steps, c.base, whole, loss, (c.base - loss) / (c.base - whole)])
         how = "with the prefix cache, three epochs" if cached else "without a cache"
         table(
             f"Equal time {how}: improvement as a share of that of all layers",
