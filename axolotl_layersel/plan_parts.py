@@ -35,7 +35,7 @@ class Pilot:
     rows: int  # trained on
     heldout_rows: int
     base_loss: float  # on the held-out rows before training, nats per token
-    cuts: list[PilotCut]  # all layers, then a sixth of them
+    cuts: list[PilotCut]  # all layers, a half where that paid, and a sixth
     switched_off: dict[int, float]  # cut k -> share of the gain that is left with the adapters below k switched off
     cost_share: float  # of the run, as planned, in forward passes of the model
 

@@ -1,6 +1,7 @@
 """A pilot: short trainings on the calibration rows that measure how steep retention is for this model and task.
 
     a sixth of the layers    the point that the curve goes through, where retention is neither near 1 nor near 0
+    a half, where it pays    a second point, which corrects the curve below it
     all layers               what that is a share of; then, with its adapters below a cut switched off, how much of the
                              work lies above, for a few forward passes
 
@@ -33,7 +34,15 @@ from axolotl_layersel.method.pilot_rates import (
     usual_rate,
 )
 from axolotl_layersel.method.pilot_result import Arm, result_of
-from axolotl_layersel.method.pilot_size import Size, Work, least_cost, pilot_cut, pilot_size, switched_off_cuts
+from axolotl_layersel.method.pilot_size import (
+    Size,
+    Work,
+    half_cut,
+    least_cost,
+    pilot_cut,
+    pilot_size,
+    switched_off_cuts,
+)
 from axolotl_layersel.method.pilot_training import PilotError, Trainer, frozen, takes_positions
 from axolotl_layersel.model.decoder_stack import DecoderStack
 from axolotl_layersel.model.latent_states import left_as_found
@@ -43,7 +52,7 @@ from axolotl_layersel.plan_parts import Pilot
 Array = NDArray[np.float64]
 
 LEAST_ROWS = 40  # two epochs of the shortest pilot, and the held-out ones
-MOST_TOKENS = 262_144  # of all rows: what enters a cut is kept for them in main memory
+MOST_TOKENS = 262_144  # of all rows: what enters each cut is kept for them in main memory
 
 
 @dataclass(frozen=True)
@@ -177,13 +186,15 @@ def _uncached(autocast: torch.dtype | None, device: torch.device) -> AbstractCon
 def _train_arms(
     trainer: Trainer, size: Size, cost_share: float, usual: float, *, seed: int, say: Callable[[str], None]
 ) -> Pilot:
-    """A sixth of the layers, then all of them, at the rates that follow from the first step of the sixth."""
+    """A sixth of the layers, a half, then all of them, at rates that follow from the first step of the sixth."""
     layers = trainer.stack.num_layers
     sixth, cuts = pilot_cut(layers), switched_off_cuts(layers)
     for cut in cuts:
         trainer.keep_states(cut, trainer.heldout)
     used = list(dict.fromkeys(row for step in trainer.order(size.steps, seed) for row in step))
-    trainer.keep_states(sixth, used)
+    parts = [half_cut(layers), sixth] if size.with_half else [sixth]
+    for cut in parts:
+        trainer.keep_states(cut, used)
     base_H = trainer.heldout_losses(sixth)
     _check_start(trainer, base_H)
     scored = sum(trainer.rows[row].scored for row in trainer.heldout)
@@ -198,12 +209,12 @@ def _train_arms(
         )
         return Arm(cut, rate, losses_H), off
 
-    part, _ = train(sixth)
+    trained = [train(cut)[0] for cut in parts]
     whole, off = train(0, cuts)
     return result_of(
         base_H,
         whole,
-        part,
+        trained,
         dict(zip(cuts, off, strict=True)),
         scored=scored,
         size=size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ class Arm:
 def result_of(
     base_H: Array,
     whole: Arm,
-    part: Arm,
+    parts: Sequence[Arm],
     off: Mapping[int, Array],
     *,
     scored: int,
@@ -42,7 +42,7 @@ def result_of(
 
     Args:
         base_H: summed cross-entropy of each held-out row before training.
-        whole, part: the training of all layers, and of a suffix.
+        whole, parts: the training of all layers, and of suffixes, the shortest last.
         off: cut -> losses of `whole` with its adapters below the cut switched off.
         scored: held-out scored tokens.
         rows: trained on.
@@ -52,8 +52,8 @@ def result_of(
     Raises:
         PilotError: nothing was learnt beyond noise, or training diverged.
     """
-    gained_H, gained_part_H = base_H - whole.losses_H, base_H - part.losses_H
-    if not np.isfinite(gained_H).all() or not np.isfinite(gained_part_H).all():
+    gained_H = base_H - whole.losses_H
+    if not all(np.isfinite(arm.losses_H).all() for arm in (whole, *parts)):
         raise PilotError("training diverged")
     counts_BH = np.random.default_rng(seed).multinomial(
         len(gained_H), np.full(len(gained_H), 1 / len(gained_H)), size=RESAMPLES
@@ -65,22 +65,24 @@ def result_of(
             f"{base_H.sum() / scored:.3f} to {whole.losses_H.sum() / scored:.3f} nats)"
         )
     gain = float(gained_H.sum())
+
+    def measured(arm: Arm) -> PilotCut:
+        gained_arm_H = base_H - arm.losses_H
+        return PilotCut(
+            arm.cut,
+            arm.learning_rate,
+            loss=float(arm.losses_H.sum() / scored),
+            retention=float(gained_arm_H.sum()) / gain,
+            retention_stderr=float((counts_BH @ gained_arm_H / gained_B).std()),
+        )
+
     return Pilot(
         steps=size.steps,
         rows_per_step=size.rows_per_step,
         rows=rows,
         heldout_rows=len(gained_H),
         base_loss=float(base_H.sum() / scored),
-        cuts=[
-            PilotCut(0, whole.learning_rate, float(whole.losses_H.sum() / scored), 1.0, 0.0),
-            PilotCut(
-                part.cut,
-                part.learning_rate,
-                loss=float(part.losses_H.sum() / scored),
-                retention=float(gained_part_H.sum()) / gain,
-                retention_stderr=float((counts_BH @ gained_part_H / gained_B).std()),
-            ),
-        ],
+        cuts=[measured(arm) for arm in (whole, *parts)],
         switched_off={cut: float((base_H - losses_H).sum()) / gain for cut, losses_H in off.items()},
         cost_share=cost_share,
     )

@@ -9,6 +9,8 @@ from axolotl_layersel.method.pilot_rates import FIRST_STEP_ROWS, FIRST_STEPS
 
 ROWS_PER_STEP = (8, 7, 6)
 LEAST_STEPS, MOST_STEPS = 8, 40  # what was measured
+# From so many steps on a third training, of a half of the layers, tells more than further steps.
+LEAST_STEPS_WITH_HALF = 8
 MOST_EPOCHS = 2.0
 HELDOUT, LEAST_HELDOUT, ENOUGH_HELDOUT = 3 / 16, 12, 24  # share of the rows, and rows; beyond the last only if it pays
 
@@ -21,6 +23,7 @@ class Size:
     rows_per_step: int
     heldout_rows: int
     cost: float  # tokens that go forward through the whole model
+    with_half: bool = False  # whether it trains a half of the layers as well
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ class Work:
     step_passes: float  # forward passes of the trained part that a step takes, the backward pass in forward passes
     unembedded: float = 1.0  # share of the positions that a pilot unembeds; the run unembeds all
 
-    def cost(self, steps: int, rows_per_step: int, heldout: int) -> float:
+    def cost(self, steps: int, rows_per_step: int, heldout: int, *, with_half: bool = False) -> float:
         """Tokens that go forward through the whole model."""
         last, used = pilot_cut(self.num_layers), min(self.rows - heldout, steps * rows_per_step)
-        arms = self._pass(last) + self._pass(0)
+        arms = self._pass(last) + self._pass(0) + (self._pass(half_cut(self.num_layers)) if with_half else 0.0)
         trained = steps * rows_per_step * self.step_passes * arms
         states = (used + heldout) * last / (self.num_layers + self.head_layers)
         first = rows_per_step * self.step_passes + len(FIRST_STEPS) * FIRST_STEP_ROWS
@@ -54,10 +57,15 @@ def pilot_cut(num_layers: int) -> int:
     return num_layers - max(round(num_layers / 6), 1)
 
 
+def half_cut(num_layers: int) -> int:
+    """The cut that trains a half of the layers."""
+    return round(num_layers / 2)
+
+
 def switched_off_cuts(num_layers: int) -> list[int]:
     """The cuts, `pilot_cut` last, below which the adapters of all layers are switched off."""
     last = pilot_cut(num_layers)
-    before = (round(num_layers * share) for share in (4 / 15, 1 / 2, 2 / 3))
+    before = (round(num_layers * 4 / 15), half_cut(num_layers), round(num_layers * 2 / 3))
     return sorted({cut for cut in before if 0 < cut < last} | {last})
 
 
@@ -68,12 +76,18 @@ def heldout_rows(rows: int) -> list[int]:
 
 
 def pilot_size(budget: float, work: Work) -> Size | None:
-    """The longest pilot that a budget of forward tokens pays for; None if none."""
-    for heldout, rows in product(heldout_rows(work.rows), ROWS_PER_STEP):
-        most = min(int(MOST_EPOCHS * (work.rows - heldout) / rows), MOST_STEPS)
-        for steps in range(most, LEAST_STEPS - 1, -1):
-            if (cost := work.cost(steps, rows, heldout)) <= budget:
-                return Size(steps=steps, rows_per_step=rows, heldout_rows=heldout, cost=cost)
+    """The longest pilot that a budget of forward tokens pays for; None if none.
+
+    With a half of the layers where that is as long as the rows allow, or has `LEAST_STEPS_WITH_HALF` steps.
+    """
+    halves = (True, False) if 0 < half_cut(work.num_layers) < pilot_cut(work.num_layers) else (False,)
+    for with_half in halves:
+        for heldout, rows in product(heldout_rows(work.rows), ROWS_PER_STEP[:1] if with_half else ROWS_PER_STEP):
+            most = min(int(MOST_EPOCHS * (work.rows - heldout) / rows), MOST_STEPS)
+            least = min(LEAST_STEPS_WITH_HALF, max(most, LEAST_STEPS)) if with_half else LEAST_STEPS
+            for steps in range(most, least - 1, -1):
+                if (cost := work.cost(steps, rows, heldout, with_half=with_half)) <= budget:
+                    return Size(steps, rows, heldout, cost, with_half)
     return None
 
 

@@ -5,7 +5,8 @@ Both laws take the shape s(k) of the descent (`gain.py`) and differ in what tell
     forward pass alone   retention(k) = s(k) ** exponent, the exponent from the loss before training; a wide band
     pilot                the pilot's retention at cut a is met; up to a, ln retention is proportional to ln m(k), with
                          m(k) = sqrt(off(k) * s(k)) and off(k) what the pilot of all layers keeps with its adapters
-                         below k switched off; beyond a it is proportional to (-ln s(k)) ** BEYOND
+                         below k switched off; beyond a it is proportional to (-ln s(k)) ** BEYOND; where the pilot
+                         trained a half of the layers, ln retention there is the mean of this and of what it measured
 
 A band is a factor on ln retention, because errors are about as large at .95 as at .5 there. All constants stand in this
 file. They come from `benchmarks/quality`: four small models of 12 and 16 layers (losses of 4.8 to 6.6 nats before
@@ -90,8 +91,13 @@ def pilot_law(pilot: Pilot) -> RetentionLaw:
     point = pilot.cuts[-1]
     power = float(np.interp(math.log(pilot.steps), np.log(PILOT_STEPS), PILOT_POWER))
     kept = _inside(point.retention)
+    half = next(((other.first_trainable, _inside(other.retention)) for other in pilot.cuts[1:-1]), None)
+
+    def curve(share_L: Array) -> Array:
+        return through_pilot(share_L, pilot.switched_off, cut=point.first_trainable, kept=kept**power, half=half)
+
     return RetentionLaw(
-        lambda share_L: through_pilot(share_L, pilot.switched_off, cut=point.first_trainable, kept=kept**power),
+        curve,
         _combined(_law_factor(pilot), _noise_factor(pilot)),
     )
 
@@ -112,7 +118,9 @@ def _noise_factor(pilot: Pilot) -> float:
     return math.log(at_least) / math.log(_inside(point.retention))
 
 
-def through_pilot(share_L: Array, off: Mapping[int, float], *, cut: int, kept: float) -> Array:
+def through_pilot(
+    share_L: Array, off: Mapping[int, float], *, cut: int, kept: float, half: tuple[int, float] | None = None
+) -> Array:
     """Retention of every cut, (..., L), from the one at `cut`.
 
     Args:
@@ -121,6 +129,7 @@ def through_pilot(share_L: Array, off: Mapping[int, float], *, cut: int, kept: f
             in between.
         cut: of the other pilot, > 0.
         kept: retention there, within (0, 1).
+        half: another cut between 0 and `cut`, and the retention that the pilot measured there, within (0, 1).
     """
     left_L = np.clip(still_to_do(share_L), FLOOR, 1 - FLOOR)
     cuts = sorted(off)
@@ -128,7 +137,13 @@ def through_pilot(share_L: Array, off: Mapping[int, float], *, cut: int, kept: f
     below_L, beyond_L = -(np.log(off_L) + np.log(left_L)) / 2, (-np.log(left_L)) ** BEYOND
     log_L = np.where(np.arange(left_L.shape[-1]) <= cut, below_L / below_L[..., [cut]], beyond_L / beyond_L[..., [cut]])
     log_L[..., 0] = 0.0
-    return np.minimum.accumulate(np.exp(math.log(kept) * log_L), axis=-1)
+    log_L *= math.log(kept)
+    if half:
+        place, kept_half = half
+        off_by_1 = (1 + math.log(max(kept_half, kept)) / log_L[..., [place]]) / 2  # nothing is off at `cut` and beyond
+        weight_L = np.interp(np.arange(log_L.shape[-1]), [place, cut], [1.0, 0.0])
+        log_L *= 1 + weight_L * (off_by_1 - 1)
+    return np.minimum.accumulate(np.exp(log_L), axis=-1)
 
 
 def _inside(share: float) -> float:

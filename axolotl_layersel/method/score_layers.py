@@ -188,11 +188,10 @@ def _source(found: Pilot | str, law: RetentionLaw, unlike: Mapping[str, float], 
         why = f": {found}" if asked else ""
         yield f"how steep the retention is comes from the forward pass alone{why}; so its band is wide"
     else:
-        point = found.cuts[-1]
+        kept = (f"{p.first_trainable}.. kept {p.retention:.2f} +- {p.retention_stderr:.2f}" for p in found.cuts[1:])
         yield (
             f"how steep the retention is comes from a pilot of {found.steps} steps of {found.rows_per_step} rows, "
-            f"{found.cost_share:.3f} of the run: layers {point.first_trainable}.. alone kept {point.retention:.2f} +- "
-            f"{point.retention_stderr:.2f}"
+            f"{found.cost_share:.3f} of the run: layers {', '.join(kept)}"
         )
         if mostly_noise(found):
             yield (

@@ -194,9 +194,10 @@ def _trade(axes: Axes, plan: Plan) -> str:
         low, high = plan.scores.retention_low, plan.scores.retention_high
         axes.fill_between(cuts, low, high, color=COLOURS["trained"], alpha=0.22, linewidth=0, zorder=1)  # type: ignore[arg-type]
     if plan.scores and plan.scores.pilot:
-        point = plan.scores.pilot.cuts[-1]
+        points = plan.scores.pilot.cuts[1:]
         axes.errorbar(
-            [point.first_trainable], [point.retention], yerr=BAND_95 * point.retention_stderr, fmt="D", capsize=4,
+            [point.first_trainable for point in points], [point.retention for point in points],
+            yerr=[BAND_95 * point.retention_stderr for point in points], fmt="D", capsize=4,
             color=COLOURS["trained"], markerfacecolor=COLOURS["page"], zorder=4, label="pilot, 95 %", gid="pilot",
         )  # fmt: skip
     axes.set_ylim(0, 1.05)

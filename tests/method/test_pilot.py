@@ -29,6 +29,7 @@ from axolotl_layersel.method.pilot_rates import (
 )
 from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_size import (
+    LEAST_STEPS_WITH_HALF,
     MOST_EPOCHS,
     Size,
     Work,
@@ -68,12 +69,14 @@ def found() -> Pilot:
     return _pilot(tiny_llama(num_layers=LAYERS))
 
 
-def test_it_trains_a_sixth_and_all_layers_and_both_learn(found: Pilot) -> None:
-    every, sixth = found.cuts
-    assert (every.first_trainable, sixth.first_trainable) == (0, 5)
-    assert every.loss < found.base_loss and sixth.loss < found.base_loss
+def test_it_trains_a_sixth_a_half_and_all_layers_and_all_learn(found: Pilot) -> None:
+    every, half, sixth = found.cuts
+    assert (every.first_trainable, half.first_trainable, sixth.first_trainable) == (0, 3, 5)
+    assert max(every.loss, half.loss) < sixth.loss < found.base_loss
     gain = found.base_loss - every.loss
-    assert (every.retention, sixth.retention) == (1.0, pytest.approx((found.base_loss - sixth.loss) / gain))
+    assert every.retention == 1.0
+    for part in (half, sixth):
+        assert part.retention == pytest.approx((found.base_loss - part.loss) / gain)
     assert (found.rows, found.heldout_rows) == (36, 12)
     assert found.cost_share <= LONG.share
 
@@ -100,12 +103,20 @@ def test_adapters_below_a_cut_are_switched_off_by_starting_there(trainer: Traine
     assert not np.allclose(started, whole, rtol=1e-3)
 
 
-def test_both_trainings_take_the_rate_that_follows_from_the_first_step() -> None:
+def test_a_pilot_that_the_run_hardly_pays_for_leaves_out_the_half(found: Pilot) -> None:
+    settings = PilotSettings(run_tokens=LONG.run_tokens, share=found.cost_share * 0.9)
+    short = _pilot(tiny_llama(num_layers=LAYERS), settings=settings)
+    assert [cut.first_trainable for cut in short.cuts] == [0, 5]
+    assert short.cost_share <= settings.share
+
+
+def test_all_trainings_take_the_rate_that_follows_from_the_first_step() -> None:
     told: list[str] = []
     settings = PilotSettings(run_tokens=1e6, say=told.append)
-    every, sixth = _pilot(tiny_llama(num_layers=LAYERS), settings=settings).cuts
+    every, half, sixth = _pilot(tiny_llama(num_layers=LAYERS), settings=settings).cuts
     said = next(float(line.split()[6]) for line in told if line.startswith("pilot, rate by the first step"))
     assert every.learning_rate == pytest.approx(said, rel=0.05)
+    assert half.learning_rate == pytest.approx(every.learning_rate * rate_ratio(3, LAYERS))
     assert sixth.learning_rate == pytest.approx(every.learning_rate * rate_ratio(5, LAYERS))
 
 
@@ -281,11 +292,20 @@ def test_a_pilot_is_as_long_as_its_budget_allows_and_never_costs_more() -> None:
         if size is None:
             assert least_cost(work) > budget
         else:
-            rows = size.rows_per_step
-            assert size.cost == work.cost(size.steps, rows, 24) <= budget
-            assert size.steps * rows > MOST_EPOCHS * 104 - rows or work.cost(size.steps + 1, rows, 24) > budget
+            rows, half = size.rows_per_step, size.with_half
+            assert size.cost == work.cost(size.steps, rows, 24, with_half=half) <= budget
+            longer = work.cost(size.steps + 1, rows, 24, with_half=half)
+            assert size.steps * rows > MOST_EPOCHS * 104 - rows or longer > budget
+            # The half is left out only where it would leave too few steps.
+            assert half == (work.cost(LEAST_STEPS_WITH_HALF, 8, 24, with_half=True) <= budget)
     assert {size.rows_per_step for size in sizes if size} == {6, 7, 8}
     assert {size.heldout_rows for size in sizes if size} == {24}
+
+
+def test_few_rows_are_enough_for_a_half_where_the_run_pays() -> None:
+    size = pilot_size(1e9, _work(rows=48))
+    assert size and size.with_half and size.steps * 8 <= MOST_EPOCHS * 36
+    assert not pilot_size(1e9, _work(num_layers=2)).with_half  # type: ignore[union-attr]  # one layer is both
 
 
 def test_more_calibration_rows_take_no_pilot_away() -> None:
@@ -393,7 +413,7 @@ def _result(whole: float, part: float, *, noise: float = 0.0) -> Pilot:
     return result_of(
         4 * ones,
         Arm(0, 1e-3, whole * ones),
-        Arm(10, 2e-3, part * ones + wave),
+        [Arm(10, 2e-3, part * ones + wave)],
         {6: 3.2 * ones, 10: 3.6 * ones},
         scored=16,
         size=Size(steps=15, rows_per_step=8, heldout_rows=24, cost=1.0),

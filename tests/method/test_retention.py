@@ -28,8 +28,10 @@ SHARE_L = descent(np.array([0.99, 0.97, 0.95, 0.9, 0.82, 0.7, 0.66, 0.6, 0.61, 0
 OFF = {3: 0.8, 6: 0.5, 8: 0.4, 10: 0.2}
 
 
-def _pilot(retention: float = 0.6, *, steps: int = 15, stderr: float = 0.0) -> Pilot:
+def _pilot(retention: float = 0.6, *, steps: int = 15, stderr: float = 0.0, half: float | None = None) -> Pilot:
     cuts = [PilotCut(0, 1e-3, 1.0, 1.0, 0.0), PilotCut(10, 1e-3, 1.5, retention, stderr)]
+    if half is not None:
+        cuts.insert(1, PilotCut(6, 1e-3, 1.2, half, stderr))
     return Pilot(steps, 8, 96, 32, base_loss=2.0, cuts=cuts, switched_off=OFF, cost_share=0.01)
 
 
@@ -43,6 +45,26 @@ def test_the_curve_goes_through_the_pilot_and_mixes_both_shapes_below_it() -> No
     beyond = (np.log(left_L[11]) / np.log(left_L[10])) ** BEYOND
     assert np.log(curve_L[11]) == pytest.approx(np.log(0.6) * beyond)
     assert (np.diff(curve_L) <= 0).all()
+
+
+def test_a_pilot_of_a_half_corrects_the_curve_by_half_of_what_it_says_and_nothing_from_the_sixth_on() -> None:
+    without_L = through_pilot(SHARE_L, OFF, cut=10, kept=0.6)
+    curve_L = through_pilot(SHARE_L, OFF, cut=10, kept=0.6, half=(6, 0.7))
+    assert curve_L[6] == pytest.approx(np.sqrt(0.7 * without_L[6])) and curve_L[6] < without_L[6]
+    np.testing.assert_allclose(curve_L[10:], without_L[10:])
+    turned_L = np.log(curve_L[1:]) / np.log(without_L[1:])
+    assert turned_L[:6] == pytest.approx(turned_L[5])  # up to the half ln retention is turned as there,
+    assert turned_L[5] > turned_L[6] > turned_L[8] > 1  # beyond it less and less
+    assert (np.diff(curve_L) <= 0).all()
+
+
+@pytest.mark.parametrize("measured", [1.2, 0.5, -0.3])
+def test_a_half_that_did_better_than_all_layers_or_worse_than_a_sixth(measured: float) -> None:
+    law = pilot_law(_pilot(0.6, half=measured))
+    alone_L, curve_L = pilot_law(_pilot(0.6)).curve(SHARE_L), law.curve(SHARE_L)
+    assert np.isfinite(curve_L).all() and (np.diff(curve_L) <= 0).all() and curve_L[0] == 1.0
+    assert curve_L[10] == pytest.approx(alone_L[10]) and curve_L[6] >= alone_L[10]
+    assert (curve_L[6] > alone_L[6]) == (measured > 1)
 
 
 def test_a_descent_that_is_all_beyond_the_pilots_cut_still_gives_a_curve() -> None:
