@@ -9,8 +9,6 @@ from axolotl_layersel.method.pilot_rates import FIRST_STEP_ROWS, FIRST_STEPS
 
 ROWS_PER_STEP = (8, 7, 6)
 LEAST_STEPS, MOST_STEPS = 8, 40  # what was measured
-# From so many steps on a third training, of a half of the layers, tells more than further steps.
-LEAST_STEPS_WITH_HALF = 8
 MOST_EPOCHS = 2.0
 HELDOUT, LEAST_HELDOUT, ENOUGH_HELDOUT = 3 / 16, 12, 24  # share of the rows, and rows; beyond the last only if it pays
 
@@ -78,14 +76,13 @@ def heldout_rows(rows: int) -> list[int]:
 def pilot_size(budget: float, work: Work) -> Size | None:
     """The longest pilot that a budget of forward tokens pays for; None if none.
 
-    With a half of the layers where that is as long as the rows allow, or has `LEAST_STEPS_WITH_HALF` steps.
+    A training of a half of the layers tells more than further steps, so it comes first.
     """
     halves = (True, False) if 0 < half_cut(work.num_layers) < pilot_cut(work.num_layers) else (False,)
     for with_half in halves:
         for heldout, rows in product(heldout_rows(work.rows), ROWS_PER_STEP[:1] if with_half else ROWS_PER_STEP):
             most = min(int(MOST_EPOCHS * (work.rows - heldout) / rows), MOST_STEPS)
-            least = min(LEAST_STEPS_WITH_HALF, max(most, LEAST_STEPS)) if with_half else LEAST_STEPS
-            for steps in range(most, least - 1, -1):
+            for steps in range(most, LEAST_STEPS - 1, -1):
                 if (cost := work.cost(steps, rows, heldout, with_half=with_half)) <= budget:
                     return Size(steps, rows, heldout, cost, with_half)
     return None

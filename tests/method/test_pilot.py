@@ -29,7 +29,7 @@ from axolotl_layersel.method.pilot_rates import (
 )
 from axolotl_layersel.method.pilot_result import Arm, result_of
 from axolotl_layersel.method.pilot_size import (
-    LEAST_STEPS_WITH_HALF,
+    LEAST_STEPS,
     MOST_EPOCHS,
     Size,
     Work,
@@ -297,7 +297,7 @@ def test_a_pilot_is_as_long_as_its_budget_allows_and_never_costs_more() -> None:
             longer = work.cost(size.steps + 1, rows, 24, with_half=half)
             assert size.steps * rows > MOST_EPOCHS * 104 - rows or longer > budget
             # The half is left out only where it would leave too few steps.
-            assert half == (work.cost(LEAST_STEPS_WITH_HALF, 8, 24, with_half=True) <= budget)
+            assert half == (work.cost(LEAST_STEPS, 8, 24, with_half=True) <= budget)
     assert {size.rows_per_step for size in sizes if size} == {6, 7, 8}
     assert {size.heldout_rows for size in sizes if size} == {24}
 
