@@ -121,13 +121,16 @@ def test_without_a_prediction_there_is_the_improvement_alone(tmp_path: Path, pan
     assert legend and [text.get_text() for text in legend.get_texts()] == ["improvement"]
 
 
-def test_the_point_that_a_pilot_measured_stands_beside_the_curve(tmp_path: Path, panels: dict[str, Axes]) -> None:
+def test_the_points_that_a_pilot_measured_stand_beside_the_curve(tmp_path: Path, panels: dict[str, Axes]) -> None:
     draw(scored_plan(scores={"pilot": pilot()}), tmp_path)
     axes = next(axes for title, axes in panels.items() if title.startswith("What every cut"))
     (bars,) = axes.containers
-    assert bars.lines[0].get_xydata().tolist() == [[10, 0.6]]
-    ((low, high),) = (segment[:, 1] for segment in bars.lines[2][0].get_segments())
-    assert (low, high) == (pytest.approx(0.6 - 1.96 * 0.03), pytest.approx(0.6 + 1.96 * 0.03))
+    assert bars.lines[0].get_xydata().tolist() == [[5, 0.8], [10, 0.6]]
+    ends = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
+    assert ends == [
+        pytest.approx([0.8 - 1.96 * 0.02, 0.8 + 1.96 * 0.02]),
+        pytest.approx([0.6 - 1.96 * 0.03, 0.6 + 1.96 * 0.03]),
+    ]
 
 
 def test_names_are_text_not_mathematics(tmp_path: Path) -> None:
