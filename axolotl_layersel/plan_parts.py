@@ -39,6 +39,11 @@ class Pilot:
     switched_off: dict[int, float]  # cut k -> share of the gain that is left with the adapters below k switched off
     cost_share: float  # of the run, as planned, in forward passes of the model
 
+    @property
+    def half(self) -> PilotCut | None:
+        """The training of a half of the layers, where there was one."""
+        return self.cuts[1] if len(self.cuts) > 2 else None
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -136,8 +136,9 @@ def score_layers(
     found = main_only(piloted)
     if isinstance(found, str) and pilot is not None and pilot.required:
         raise ValueError(f"no pilot can be run: {found}. Set `pilot: auto` to go on with the forward pass alone")
-    unlike = unlike_the_known(loss=loss, num_layers=stack.num_layers, family=family_of(model))
-    law = (forward_law(loss) if isinstance(found, str) else pilot_law(found)).widened(unlike)
+    done = None if isinstance(found, str) else found
+    unlike = unlike_the_known(loss=loss, num_layers=stack.num_layers, family=family_of(model), pilot=done)
+    law = (pilot_law(done) if done else forward_law(loss)).widened(unlike)
 
     def select(low_L: Array, gain_L: Array) -> int:
         return selection.select_cut(
@@ -167,9 +168,9 @@ def score_layers(
         retention=law.curve(share_L).tolist(),
         retention_low=low_L.tolist(),
         retention_high=law.high(share_L).tolist(),
-        gain_source="forward" if isinstance(found, str) else "pilot",
-        exponent=forward_exponent(loss) if isinstance(found, str) else None,
-        pilot=None if isinstance(found, str) else found,
+        gain_source="pilot" if done else "forward",
+        exponent=None if done else forward_exponent(loss),
+        pilot=done,
         stability={k: count / len(resampled) for k, count in selection.tally(resampled).items()},
         row_cuts=selection.tally(cuts(np.eye(num_rows))),
         tokens=int(statistics.tokens_R.sum()),

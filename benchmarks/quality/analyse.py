@@ -15,16 +15,14 @@ from typing import Any
 
 import numpy as np
 from curves import Array, Curve, read
-from judge import by_retention, fitted, laws_of, left_out, measured_at, task_errors
+from judge import by_retention, fitted, laws_of, left_out, measured_at, pilot_of, show_half, task_errors
 from laws import FLOOR, chosen_cut, errors, exponent, leave_out, lower_end, pooled_exponent, shapes
-from pydantic import TypeAdapter
 from run_tables import show_blocks, show_equal_time, show_full, show_measured, show_pilots, show_rates, table
 from scipy.stats import spearmanr
 
 from axolotl_layersel.method.gain import still_to_do
 from axolotl_layersel.method.pilot_size import pilot_cut
 from axolotl_layersel.method.retention import RetentionLaw, forward_law, pilot_law, unlike_the_known
-from axolotl_layersel.plan_parts import Pilot
 
 HERE = Path(__file__).parent
 FAMILIES = {"gemma-3-270m": "gemma3_text"}  # models whose family is another than the law's
@@ -141,10 +139,10 @@ def show_choices(curves: list[Curve]) -> None:
 
 def laws_now(c: Curve, scores: dict[str, Any]) -> RetentionLaw:
     """The law that ships, through what a pilot measured when it ran, or from the loss alone."""
-    unlike = unlike_the_known(num_layers=c.layers, loss=scores["loss"], family=FAMILIES.get(c.model, "llama"))
-    if scores["pilot"] is None:
-        return forward_law(scores["loss"]).widened(unlike)
-    return pilot_law(TypeAdapter(Pilot).validate_json(json.dumps(scores["pilot"]))).widened(unlike)
+    pilot = None if scores["pilot"] is None else pilot_of(scores)
+    law = pilot_law(pilot) if pilot else forward_law(scores["loss"])
+    family = FAMILIES.get(c.model, "llama")
+    return law.widened(unlike_the_known(num_layers=c.layers, loss=scores["loss"], family=family, pilot=pilot))
 
 
 def show_plugin(curves: list[Curve]) -> None:
@@ -241,6 +239,7 @@ def main() -> None:
     show_pilot_laws(curves)
     show_choices(curves)
     show_plugin(curves)
+    show_half(curves)
     show_beyond(curves, toys)
     show_full(curves)
     show_blocks(curves)

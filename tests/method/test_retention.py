@@ -129,3 +129,11 @@ def test_each_unfamiliar_thing_widens_the_band_by_name() -> None:
     law = pilot_law(_pilot())
     factors = [law.widened(dict(list(strange.items())[:count])).factor for count in range(4)]
     assert factors == sorted(set(factors))
+
+
+def test_another_family_is_less_strange_where_a_half_was_measured() -> None:
+    def factor(pilot: Pilot | None) -> float:
+        (found,) = unlike_the_known(num_layers=KNOWN_LAYERS[1], loss=2.0, family="mamba", pilot=pilot).values()
+        return found
+
+    assert 1 < factor(_pilot(half=0.8)) < factor(_pilot()) == factor(None)
