@@ -189,21 +189,23 @@ def _trade(axes: Axes, plan: Plan) -> str:
                 [k], [values[k]], "o", color=COLOURS[colour], markersize=9, markeredgecolor=COLOURS["page"], zorder=5,
                 gid=f"point-{name}",
             )  # fmt: skip
-    banded = plan.scores and plan.scores.retention_low and plan.scores.retention_high
-    if plan.scores and banded:
+    meant = []
+    if plan.scores and plan.scores.retention_low and plan.scores.retention_high:
+        meant.append("band: 90 %")
         low, high = plan.scores.retention_low, plan.scores.retention_high
-        axes.fill_between(cuts, low, high, color=COLOURS["trained"], alpha=0.22, linewidth=0, zorder=1)  # type: ignore[arg-type]
+        axes.fill_between(cuts, low, high, color=COLOURS["trained"], alpha=0.22, linewidth=0, zorder=1)
     if plan.scores and plan.scores.pilot:
+        meant.append("pilot: 95 %")
         points = plan.scores.pilot.cuts[1:]
         axes.errorbar(
             [point.first_trainable for point in points], [point.retention for point in points],
             yerr=[BAND_95 * point.retention_stderr for point in points], fmt="D", capsize=4,
-            color=COLOURS["trained"], markerfacecolor=COLOURS["page"], zorder=4, label="pilot, 95 %", gid="pilot",
+            color=COLOURS["trained"], markerfacecolor=COLOURS["page"], zorder=4, gid="pilot",
         )  # fmt: skip
     axes.set_ylim(0, 1.05)
     title = "What every cut keeps and costs" if plan.scores else "What every cut costs"
     axes.set_title(title, pad=26)
-    axes.set_xlabel(f"first trainable layer{' (band: 90 %)' if banded else ''}")
+    axes.set_xlabel("first trainable layer" + (f" ({', '.join(meant)})" if meant else ""))
     axes.set_ylabel("of training all layers")
     _legend(axes)
     return f"{title}, as ratios to training all layers."

@@ -12,12 +12,14 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 from PIL import Image
 from plans import given_plan, pilot, prediction, scored_plan
 
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.report import figure as figures
 from axolotl_layersel.report.figure import draw
+from axolotl_layersel.report.panels import STYLE
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -131,6 +133,20 @@ def test_the_points_that_a_pilot_measured_stand_beside_the_curve(tmp_path: Path,
         pytest.approx([0.8 - 1.96 * 0.02, 0.8 + 1.96 * 0.02]),
         pytest.approx([0.6 - 1.96 * 0.03, 0.6 + 1.96 * 0.03]),
     ]
+
+
+def test_no_legend_covers_its_title_and_no_text_leaves_the_figure(tmp_path: Path, panels: dict[str, Axes]) -> None:
+    draw(scored_plan(scores={"pilot": pilot()}), tmp_path)
+    assert len(panels) == 4
+    with matplotlib.style.context(["default", STYLE]):
+        for name, axes in panels.items():
+            figure = axes.figure
+            figure.draw_without_rendering()
+            (title,) = (text for text in axes.findobj(Text) if text.get_text() == name)
+            if legend := axes.get_legend():
+                box = legend.get_window_extent()
+                assert box.y1 < title.get_window_extent().y0 and box.x1 <= figure.bbox.x1
+            assert axes.xaxis.label.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_names_are_text_not_mathematics(tmp_path: Path) -> None:
