@@ -140,9 +140,9 @@ def through_pilot(
     log_L *= math.log(kept)
     if half:
         place, kept_half = half
-        off_by_1 = (1 + math.log(max(kept_half, kept)) / log_L[..., [place]]) / 2  # nothing is off at `cut` and beyond
-        weight_L = np.interp(np.arange(log_L.shape[-1]), [place, cut], [1.0, 0.0])
-        log_L *= 1 + weight_L * (off_by_1 - 1)
+        factor_1 = (1 + math.log(max(kept_half, kept)) / log_L[..., [place]]) / 2  # makes it the mean of both there
+        weight_L = np.interp(np.arange(log_L.shape[-1]), [place, cut], [1.0, 0.0])  # as much below, nothing at `cut`
+        log_L *= 1 + weight_L * (factor_1 - 1)
     return np.minimum.accumulate(np.exp(log_L), axis=-1)
 
 
