@@ -96,10 +96,7 @@ def pilot_law(pilot: Pilot) -> RetentionLaw:
     def curve(share_L: Array) -> Array:
         return through_pilot(share_L, pilot.switched_off, cut=point.first_trainable, kept=kept**power, half=half)
 
-    return RetentionLaw(
-        curve,
-        _combined(_law_factor(pilot), _noise_factor(pilot)),
-    )
+    return RetentionLaw(curve, _combined(_law_factor(pilot), _noise_factor(pilot)))
 
 
 def mostly_noise(pilot: Pilot) -> bool:
