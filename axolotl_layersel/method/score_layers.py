@@ -211,9 +211,10 @@ def _doubts(cut: int, scores: Scores, *, coverage: float, policy: str) -> Iterat
     stability = scores.stability
     if stability.get(cut, 0.0) < 0.5:
         likely = max(stability, key=lambda k: stability[k])
+        rival = f" (layer {likely} in {stability[likely]:.2f})" if likely != cut else ""
         yield (
-            f"the cut at layer {cut} holds in {stability.get(cut, 0.0):.2f} of the bootstrap resamples (layer {likely} "
-            f"in {stability[likely]:.2f}): raise num_samples for a cut that depends less on the rows drawn"
+            f"the cut at layer {cut} holds in {stability.get(cut, 0.0):.2f} of the bootstrap resamples{rival}: raise "
+            "num_samples for a cut that depends less on the rows drawn"
         )
     low_L = scores.retention_low or scores.retention
     if policy == "coverage" and low_L[cut] < coverage:

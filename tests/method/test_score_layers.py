@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -320,7 +321,23 @@ def test_a_policy_s_bounds_are_checked_before_anything_runs(model: nn.Module) ->
         score_layers(model, _rows(), budget=0.1)
 
 
-def test_an_unstable_cut_and_a_broken_promise_are_told(model: nn.Module) -> None:
+def test_an_unstable_cut_is_told_with_the_cut_that_more_resamples_choose(model: nn.Module) -> None:
+    rivals = set()
+    for count, seed in itertools.product((3, 4, 5), (0, 3, 4)):
+        scored = score_layers(model, _rows(count, seed))
+        cut, stability = scored.first_trainable, scored.scores.stability
+        told = [note for note in scored.notes if "bootstrap resamples" in note]
+        assert len(told) == (stability.get(cut, 0.0) < 0.5)
+        for note in told:
+            assert f"the cut at layer {cut} holds in {stability[cut]:.2f} of" in note
+            likely = max(stability.values())
+            rivals.add(likely > stability[cut])
+            assert ("(layer " in note) == (likely > stability[cut])
+            assert (f" in {likely:.2f})" in note) == (likely > stability[cut])
+    assert rivals == {True, False}
+
+
+def test_a_broken_promise_is_told(model: nn.Module) -> None:
     capped = score_layers(model, _rows(), budget=2, coverage=1.0)
     assert any("budget keeps the cut at layer 4" in note for note in capped.notes)
 
