@@ -3,6 +3,7 @@
     python analyse.py                                # results/smollm2 beside the toys of results/fitted and heldout
     python analyse.py work/smollm2 --save results/smollm2
     python analyse.py results/smollm2 --toys results/fitted results/heldout
+    python analyse.py --together results/smollm2 results/gemma-3-270m results/llama12
 
 Works on whatever part of a grid is there; a table without runs is left out.
 """
@@ -11,27 +12,15 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from curves import Array, Curve, read
-from judge import by_retention, fitted, laws_of, left_out, measured_at, pilot_of, show_half, task_errors
-from laws import FLOOR, chosen_cut, errors, exponent, leave_out, lower_end, pooled_exponent, shapes
+from curves import Curve, read
+from judge import COVERAGES, KEPT_BY, fitted, kept_by, laws_of, left_out, task_errors
+from laws import errors, exponent, leave_out, lower_end, pooled_exponent, shapes
+from plugin_tables import show_beyond, show_coverage, show_half, show_plugin
 from run_tables import show_blocks, show_equal_time, show_full, show_measured, show_pilots, show_rates, table
-from scipy.stats import spearmanr
-
-from axolotl_layersel.method.gain import still_to_do
-from axolotl_layersel.method.pilot_size import pilot_cut
-from axolotl_layersel.method.retention import RetentionLaw, forward_law, pilot_law, unlike_the_known
 
 HERE = Path(__file__).parent
-FAMILIES = {"gemma-3-270m": "gemma3_text"}  # models whose family is another than the law's
-COVERAGES = (0.90, 0.95, 0.98)
-BEYOND_POWERS = (0.3, 0.5, 0.7, 0.85, 1.0)
-KEPT_BY = (
-    "kept, mean", "least", "step cost", "fixed cut at that cost keeps (mean, least)",
-    "rank correlation with the measured cut",
-)  # fmt: skip
 
 
 def show_laws(curves: list[Curve], toys: list[Curve]) -> None:
@@ -103,22 +92,6 @@ def show_pilot_laws(curves: list[Curve]) -> None:
     )  # fmt: skip
 
 
-def kept_by(found: list[tuple[Curve, Array]], coverage: float) -> tuple[list[int], list[object]]:
-    """The cuts that retentions choose, and cells: what they keep, and what a fixed cut at the same cost keeps.
-
-    Args:
-        found: a measured curve and the (L,) retention that can be relied on for it, lower end of a band or not.
-    """
-    cuts = [chosen_cut(retention_L, coverage) for _, retention_L in found]
-    kept = [measured_at(c.retention(), cut) for (c, _), cut in zip(found, cuts, strict=True)]
-    fixed = float(np.mean(cuts))
-    same = [measured_at(c.retention(), fixed) for c, _ in found]
-    own = [float(np.interp(-coverage, *by_retention(c.retention()))) for c, _ in found]
-    rho = spearmanr(cuts, own)[0] if len(set(cuts)) > 1 else float("nan")
-    step = 1 - fixed / found[0][0].layers / 2
-    return cuts, [float(np.mean(kept)), min(kept), step, f"{np.mean(same):.3f}, {min(same):.3f}", f"{rho:.2f}"]
-
-
 def show_choices(curves: list[Curve]) -> None:
     """What a coverage keeps when it is chosen by a law and the end of its band, and a fixed cut at the same cost."""
     ready = [c for c in curves if "rows" in c.signals and len(c.retention()) > 2]
@@ -135,76 +108,6 @@ def show_choices(curves: list[Curve]) -> None:
         "Coverage kept: cut chosen by the band's lower end (z standard deviations), law of the other tasks",
         ["law", "coverage", "z", "cuts", *KEPT_BY], rows,
     )  # fmt: skip
-
-
-def laws_now(c: Curve, scores: dict[str, Any]) -> RetentionLaw:
-    """The law that ships, through what a pilot measured when it ran, or from the loss alone."""
-    pilot = None if scores["pilot"] is None else pilot_of(scores)
-    law = pilot_law(pilot) if pilot else forward_law(scores["loss"])
-    family = FAMILIES.get(c.model, "llama")
-    return law.widened(unlike_the_known(num_layers=c.layers, loss=scores["loss"], family=family, pilot=pilot))
-
-
-def show_plugin(curves: list[Curve]) -> None:
-    """What the plugin says before runs of some lengths, from the pilots that it ran, against what was measured."""
-    by_length: dict[tuple[str, int], list[tuple[Curve, Array]]] = {}
-    rows: list[list[object]] = []
-    for c in curves:
-        kept = {k: r for k, r in c.retention().items() if k}
-        for run in (run for run in c.runs if run["kind"] == "choice" and len(kept) > 1):
-            pilot = run["scores"]["pilot"]["pilot"]
-            for name, scores in run["scores"].items():
-                law, share_L = laws_now(c, scores), np.array(scores["descent"])
-                curve_L, low_L, high_L = law.curve(share_L), law.low(share_L), law.high(share_L)
-                by_length.setdefault((name, run["steps"]), []).append((c, low_L))
-                missed = np.array([curve_L[k] - r for k, r in kept.items()])
-                inside = [low_L[k] <= r <= high_L[k] for k, r in kept.items()]
-                rows.append([
-                    c.task, run["seed"], run["steps"], pilot["steps"] if name == "pilot" else "none",
-                    pilot["cost_share"] if name == "pilot" else 0.0, run["cpu_seconds"][name],
-                    float(np.abs(missed).mean()), f"{missed.mean():+.3f}", f"{sum(inside)} of {len(inside)}",
-                    *(chosen_cut(low_L, coverage) for coverage in COVERAGES),
-                ])  # fmt: skip
-    table(
-        "What the plugin says before a run, against what was measured",
-        ["task", "seed", "steps of the run", "of the pilot", "planned cost", "CPU s", "mean error", "bias",
-         "within the band", *(f"cut at {x:.2f}" for x in COVERAGES)], rows,
-    )  # fmt: skip
-    rows = []
-    for (name, steps), found in sorted(by_length.items()):
-        for coverage in COVERAGES:
-            rows.append([name, steps, coverage, len(found), *kept_by(found, coverage)[1]])
-    table(
-        "Coverage kept by the plugin's choice",
-        ["law", "steps of the run", "coverage", "choices", *KEPT_BY], rows,
-    )  # fmt: skip
-
-
-def show_beyond(curves: list[Curve], toys: list[Curve]) -> None:
-    """How fast retention falls beyond the pilot's cut: the power of ln s(k), with the measured retention at the cut."""
-    rows: list[list[object]] = []
-    for name, group in {"evidence": curves, "toys": toys}.items():
-        found = []
-        for c in group:
-            kept, cut = c.retention(), pilot_cut(c.layers)
-            if (shape_L := known_descent(c)) is not None and 0 < kept.get(cut, 0) < 1:
-                steepness_L = np.log(np.clip(shape_L, FLOOR, 1 - FLOOR))
-                found += [(kept[cut], steepness_L[k] / steepness_L[cut], kept[k]) for k in kept if k > cut]
-        if found:
-            misses = [np.mean([abs(at**ratio**power - r) for at, ratio, r in found]) for power in BEYOND_POWERS]
-            rows.append([name, len(found), *map(float, misses)])
-    table(
-        "Beyond the pilot's cut: mean error by the power of ln s(k)",
-        ["models", "points", *(f"{power:g}" for power in BEYOND_POWERS)], rows,
-    )  # fmt: skip
-
-
-def known_descent(c: Curve) -> Array | None:
-    """s(k) of the cosine deviation, from the signals of a pair or from what the plugin said."""
-    if "rows" in c.signals or "means" in c.signals:
-        return shapes(c)["cosine"]
-    said = [run["scores"]["forward"] for run in c.runs if run["kind"] == "choice"]
-    return still_to_do(np.array(said[0]["descent"])) if said else None
 
 
 def save(source: Path, folder: Path) -> None:
@@ -227,6 +130,9 @@ def main() -> None:
     parser.add_argument(
         "--toys", type=Path, nargs="*", default=[HERE / "results" / name for name in ("fitted", "heldout")]
     )
+    parser.add_argument(
+        "--together", type=Path, nargs="*", default=[], help="folders to judge as one, in one more table"
+    )
     parser.add_argument("--save", type=Path, help="folder for a compact copy of the evidence")
     args = parser.parse_args()
     if args.save:
@@ -239,11 +145,16 @@ def main() -> None:
     show_pilot_laws(curves)
     show_choices(curves)
     show_plugin(curves)
+    show_coverage(curves)
     show_half(curves)
     show_beyond(curves, toys)
     show_full(curves)
     show_blocks(curves)
     show_equal_time(curves)
+    show_coverage(
+        [c for folder in args.together for c in read(folder)],
+        f"Coverage kept over {', '.join(folder.name for folder in args.together)}",
+    )
 
 
 if __name__ == "__main__":

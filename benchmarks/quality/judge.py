@@ -1,21 +1,21 @@
 """Laws judged on tasks that they have not seen: powers, spreads and curves from the other tasks."""
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from curves import Array, Curve
-from laws import FLOOR, leave_out, miss, shapes, switched_off, through_pilots
-from pydantic import TypeAdapter
-from run_tables import table
+from laws import FLOOR, chosen_cut, leave_out, miss, shapes, switched_off, through_pilots
+from scipy.stats import spearmanr
 
 from axolotl_layersel.method.gain import descent as descent_shares
 from axolotl_layersel.method.pilot_size import pilot_cut, switched_off_cuts
-from axolotl_layersel.method.retention import pilot_law as shipped_law
 from axolotl_layersel.method.retention import through_pilot
-from axolotl_layersel.plan_parts import Pilot
+
+COVERAGES = (0.90, 0.95, 0.98)
+KEPT_BY = (
+    "kept, mean", "least", "step cost", "fixed cut at that cost keeps (mean, least)",
+    "rank correlation with the measured cut",
+)  # fmt: skip
 
 Law = Callable[[Curve, float], Array | None]  # the curve of one task for a power or exponent, None without its runs
 
@@ -111,33 +111,18 @@ def measured_at(kept: Mapping[int, float], cut: float) -> float:
     return float(np.interp(cut, sorted(kept), [kept[k] for k in sorted(kept)]))
 
 
-def pilot_of(scores: dict[str, Any]) -> Pilot:
-    """What a pilot measured, as a run keeps it."""
-    return TypeAdapter(Pilot).validate_json(json.dumps(scores["pilot"]))
+def kept_by(found: list[tuple[Curve, Array]], coverage: float) -> tuple[list[int], list[object]]:
+    """The cuts that retentions choose, and cells: what they keep, and what a fixed cut at the same cost keeps.
 
-
-def show_half(curves: list[Curve]) -> None:
-    """What a pilot's training of a half of the layers adds to its training of a sixth."""
-    rows: list[list[object]] = []
-    for c in curves:
-        for run in (run for run in c.runs if run["kind"] == "choice" and len(c.retention()) > 1):
-            scores = run["scores"]["pilot"]
-            pilot, share_L = pilot_of(scores), np.array(scores["descent"])
-            if (half := pilot.half) is None:
-                continue
-            with_it = shipped_law(pilot).curve(share_L)
-            without = shipped_law(replace(pilot, cuts=[pilot.cuts[0], pilot.cuts[-1]])).curve(share_L)
-            mean = [float(np.abs(task_errors(c, curve_L)).mean()) for curve_L in (without, with_it)]
-            place = half.first_trainable
-            rows.append([
-                c.task, run["steps"], pilot.steps, f"{half.retention:.3f} +- {half.retention_stderr:.3f}",
-                measured_at(c.retention(), place), float(without[place]), float(with_it[place]), *mean,
-            ])  # fmt: skip
-    table(
-        "A pilot's training of a half of the layers",
-        ["task", "steps of the run", "of the pilot", "kept by the half then", "in the whole run", "curve without it",
-         "with it", "mean error without it", "with it"], rows,
-    )  # fmt: skip
-    for steps in sorted({row[1] for row in rows}):  # type: ignore[type-var]
-        without, with_it = (np.mean([row[-place] for row in rows if row[1] == steps]) for place in (2, 1))  # type: ignore[misc]
-        print(f"\nRuns of {steps} steps: mean error {without:.3f} without it, {with_it:.3f} with it")
+    Args:
+        found: a measured curve and the (L,) retention that can be relied on for it, lower end of a band or not.
+    """
+    cuts = [chosen_cut(retention_L, coverage) for _, retention_L in found]
+    kept = [measured_at(c.retention(), cut) for (c, _), cut in zip(found, cuts, strict=True)]
+    shares = [cut / c.layers for (c, _), cut in zip(found, cuts, strict=True)]
+    own = [float(np.interp(-coverage, *by_retention(c.retention()))) / c.layers for c, _ in found]
+    fixed = float(np.mean(shares))
+    same = [measured_at(c.retention(), fixed * c.layers) for c, _ in found]
+    rho = spearmanr(shares, own)[0] if len(set(shares)) > 1 else float("nan")
+    fixed_cells = f"{np.mean(same):.3f}, {min(same):.3f}"
+    return cuts, [float(np.mean(kept)), min(kept), 1 - fixed / 2, fixed_cells, f"{rho:.2f}"]

@@ -269,18 +269,31 @@ def test_the_left_out_task_has_no_part_in_its_law(tmp_path: Path) -> None:
     assert [[o.task for o in rest] for _, rest in left] == [["b"], ["b"], ["a", "a"]]
 
 
-def made_up_task(task: str, exponent: float) -> curves.Curve:
+def made_up_task(task: str, exponent: float, layers: int = 6) -> curves.Curve:
     """Equal weights and `exponent` exactly, also in an 8-step pilot at cut 4; signals whose cosine falls evenly."""
-    shape, runs = laws.equal(6), []
+    shape, runs = laws.equal(layers), []
     for steps in (40, 8):
-        for k in range(6):
+        for k in range(layers):
             loss = 5.0 - 2.0 * float(shape[k]) ** exponent
             runs.append({"model": "m", "task": task, "kind": "cut", "index": k, "learning_rate": 0.1, "seed": 0,
                          "steps": steps, "loss": loss})  # fmt: skip
     runs += [{**run, "seed": 1} for run in runs if run["steps"] == 40]
-    cosine = [6.0, *(float(5 - k) for k in range(6))]
-    rows = {"cosine": [cosine], "logit_lens": [cosine], "turned": [[1.0] * 6], "tokens": [[1]]}
-    return curves.Curve("m", task, 6, 5.0, runs, {"rows": rows, "layers": {"gradient": [1.0] * 6}})
+    cosine = [float(layers), *(float(layers - 1 - k) for k in range(layers))]
+    rows = {"cosine": [cosine], "logit_lens": [cosine], "turned": [[1.0] * layers], "tokens": [[1]]}
+    return curves.Curve("m", task, layers, 5.0, runs, {"rows": rows, "layers": {"gradient": [1.0] * layers}})
+
+
+def test_a_fixed_cut_of_several_models_is_a_share_of_their_depths() -> None:
+    three = [made_up_task("a", 1.0, layers=6), made_up_task("a", 1.0, layers=12), made_up_task("b", 0.5, layers=12)]
+    kept_L = [laws.equal(c.layers) ** exponent for c, exponent in zip(three, (1, 1, 0.5), strict=True)]
+    cuts, cells = judge.kept_by(list(zip(three, kept_L, strict=True)), 0.5)
+    assert cuts == [3, 6, 9]
+    mean, least, step, fixed, correlation = cells
+    share = (0.5 + 0.5 + 0.75) / 3
+    kept = [1 - share, 1 - share, (1 - share) ** 0.5]
+    assert (mean, least, step) == pytest.approx((0.5, 0.5, 1 - share / 2))
+    np.testing.assert_allclose([float(cell) for cell in fixed.split(", ")], [np.mean(kept), min(kept)], atol=5e-3)
+    assert correlation == "1.00"
 
 
 def test_a_pilot_finds_the_exponent_that_other_tasks_do_not_have() -> None:
@@ -299,12 +312,13 @@ def test_the_tables_of_the_kept_evidence_can_be_printed(
 ) -> None:
     import analyse
 
-    words = [FOLDER / "results" / "smollm2", "--toys", FOLDER / "results" / "llama12"]
+    both = [FOLDER / "results" / name for name in ("smollm2", "llama12")]
+    words = [both[0], "--toys", both[1], "--together", *both]
     monkeypatch.setattr(sys, "argv", ["analyse.py", *map(str, words)])
     analyse.main()
     printed = capsys.readouterr().out
     for title in (
         "Measured retention", "Coverage kept by the plugin's choice", "Beyond the pilot's cut", "Full fine-tuning",
-        "Equal time",
+        "Equal time", "Coverage kept over smollm2, llama12",
     ):  # fmt: skip
         assert f"### {title}" in printed
