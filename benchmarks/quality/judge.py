@@ -126,3 +126,10 @@ def kept_by(found: list[tuple[Curve, Array]], coverage: float) -> tuple[list[int
     rho = spearmanr(shares, own)[0] if len(set(shares)) > 1 else float("nan")
     fixed_cells = f"{np.mean(same):.3f}, {min(same):.3f}"
     return cuts, [float(np.mean(kept)), min(kept), 1 - fixed / 2, fixed_cells, f"{rho:.2f}"]
+
+
+def costs_a_half(found: list[tuple[Curve, Array]]) -> float:
+    """The coverage whose cuts cost as much in the mean as a half of the layers, as nearly as there is one."""
+    levels = np.unique(np.concatenate([retention_L for _, retention_L in found]))
+    shares = [np.mean([chosen_cut(low_L, level) / c.layers for c, low_L in found]) for level in levels]
+    return float(levels[int(np.argmin(np.abs(np.array(shares) - 0.5)))])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from curves import Array, Curve, Run
-from judge import COVERAGES, KEPT_BY, kept_by, measured_at, task_errors
+from judge import COVERAGES, KEPT_BY, costs_a_half, kept_by, measured_at, task_errors
 from laws import FLOOR, chosen_cut, shapes
 from pydantic import TypeAdapter
 from run_tables import table
@@ -65,7 +65,7 @@ def show_plugin(curves: list[Curve]) -> None:
 
 
 def show_coverage(curves: list[Curve], title: str = "Coverage kept by the plugin's choice") -> None:
-    """What its choices keep, over tasks and models; a cut is a share of the depth."""
+    """What its choices keep, over tasks and models, also at the cost of a fixed half; a cut is a share of the depth."""
     by_length: dict[tuple[str, int], list[tuple[Curve, Array]]] = {}
     for c, run in _choices(curves):
         for name, scores in run["scores"].items():
@@ -74,7 +74,7 @@ def show_coverage(curves: list[Curve], title: str = "Coverage kept by the plugin
     rows = [
         [name, steps, coverage, len(found), *kept_by(found, coverage)[1]]
         for (name, steps), found in sorted(by_length.items())
-        for coverage in COVERAGES
+        for coverage in (*COVERAGES, costs_a_half(found))
     ]
     table(title, ["law", "steps of the run", "coverage", "choices", *KEPT_BY], rows)
 

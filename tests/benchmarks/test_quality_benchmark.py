@@ -286,7 +286,8 @@ def made_up_task(task: str, exponent: float, layers: int = 6) -> curves.Curve:
 def test_a_fixed_cut_of_several_models_is_a_share_of_their_depths() -> None:
     three = [made_up_task("a", 1.0, layers=6), made_up_task("a", 1.0, layers=12), made_up_task("b", 0.5, layers=12)]
     kept_L = [laws.equal(c.layers) ** exponent for c, exponent in zip(three, (1, 1, 0.5), strict=True)]
-    cuts, cells = judge.kept_by(list(zip(three, kept_L, strict=True)), 0.5)
+    found = list(zip(three, kept_L, strict=True))
+    cuts, cells = judge.kept_by(found, 0.5)
     assert cuts == [3, 6, 9]
     mean, least, step, fixed, correlation = cells
     share = (0.5 + 0.5 + 0.75) / 3
@@ -294,6 +295,8 @@ def test_a_fixed_cut_of_several_models_is_a_share_of_their_depths() -> None:
     assert (mean, least, step) == pytest.approx((0.5, 0.5, 1 - share / 2))
     np.testing.assert_allclose([float(cell) for cell in fixed.split(", ")], [np.mean(kept), min(kept)], atol=5e-3)
     assert correlation == "1.00"
+    at_half = (1 / 3) ** 0.5  # cuts 2, 5 and 8, a share of 0.47 in the mean; at 0.5 it is 0.58
+    assert judge.costs_a_half(found) == pytest.approx(at_half)
 
 
 def test_a_pilot_finds_the_exponent_that_other_tasks_do_not_have() -> None:
