@@ -7,6 +7,7 @@ Every cut has the rate that was best for its first seed; works on whatever part 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ Run = dict[str, Any]
 
 @dataclass(eq=False)
 class Curve:
-    """One model on one task: everything that was run."""
+    """One model on one task: everything that was run; nothing of it changes, so what is derived is kept."""
 
     model: str
     task: str
@@ -56,6 +57,7 @@ class Curve:
             found[cut] = {run["seed"]: run for run in mine}
         return found
 
+    @cache  # noqa: B019  # curves live as long as the program
     def retention(self, *, kind: str = "cut", steps: int | None = None, seed: int | None = None) -> dict[int, float]:
         """Cut -> retention, each seed against its own run of all layers, mean over the seeds that both have."""
         best = self.best(kind=kind, steps=steps)
@@ -96,6 +98,7 @@ class Curve:
         base, whole, mine = (values[draw].sum(1) / tokens[draw].sum(1) for values in rows)
         return float(np.std((base - mine) / (base - whole)))
 
+    @cache  # noqa: B019  # curves live as long as the program
     def state_mean(self, name: str, rows: int | None = None) -> Array:
         """Token-weighted mean of a signal over the calibration rows."""
         if "rows" in self.signals and name in self.signals["rows"]:

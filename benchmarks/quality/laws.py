@@ -4,6 +4,7 @@ A law has a shape s(k), 1 at k = 0 and falling towards 0 at k = L, and one expon
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 from curves import Array, Curve
@@ -32,6 +33,7 @@ def descent(deviation_S: Array) -> Array:
     return np.asarray(np.clip(share_S[:-1], 0, 1))
 
 
+@cache
 def shapes(curve: Curve) -> dict[str, Array]:
     """The shapes that one forward pass gives, means of them, and two rivals (`gradient norm` needs a backward pass)."""
     even = equal(curve.layers)
