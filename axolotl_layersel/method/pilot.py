@@ -145,10 +145,11 @@ def run_pilot(
     run_cost = settings.run_tokens * (step_passes if settings.adapters else step_passes + 1)
     size = pilot_size(settings.share * run_cost, work)
     if size is None:
-        least = least_cost(work) / run_cost
+        least = round(least_cost(work) / run_cost + 5e-4, 3)
+        way = f"raise pilot_share to {least:.3f} to have one" if least <= 1 else f"the smallest costs {least:.3f} of it"
         raise PilotError(
             f"a run of {settings.run_tokens:,.0f} tokens is too short for a pilot that costs {settings.share:g} of it: "
-            f"raise pilot_share to {least + 5e-4:.3f} to have one"
+            f"{way}"
         )
     started = time.perf_counter()
     while True:

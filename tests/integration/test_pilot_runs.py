@@ -107,7 +107,7 @@ def test_a_demanded_pilot_that_does_not_pay_stops_the_run_and_says_what_would(
     )
     assert said, run["error"]
     assert int(said[1].replace(",", "")) == pytest.approx(tokens, abs=1)
-    assert 0.05 < float(said[2]) < 2
+    assert 0.05 < float(said[2]) <= 1  # as much as the option allows
     assert not (run["folder"] / "out" / "layersel" / "plan.json").exists()
 
 

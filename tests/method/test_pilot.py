@@ -353,7 +353,11 @@ def test_the_planned_cost_is_that_of_the_layers_that_run(checkpointing: bool) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"settings": PilotSettings(run_tokens=1000)}, "a run of 1,000 tokens is too short .*raise pilot_share to"),
+        (
+            {"settings": PilotSettings(run_tokens=5000)},
+            r"a run of 5,000 tokens is too short .*raise pilot_share to 0\.",
+        ),
+        ({"settings": PilotSettings(run_tokens=500)}, r"a run of 500 tokens is too short .*the smallest costs [1-9]\."),
         ({"rows": _rows(20)}, "20 calibration rows .* are too few, at least 40"),
         ({"autocast": torch.float16}, "float16; use bf16"),
     ],
@@ -361,6 +365,14 @@ def test_the_planned_cost_is_that_of_the_layers_that_run(checkpointing: bool) ->
 def test_what_cannot_be_piloted_says_why(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PilotError, match=message):
         _pilot(tiny_llama(num_layers=LAYERS), **options)
+
+
+def test_the_share_that_a_run_too_short_is_told_pays_for_a_pilot() -> None:
+    with pytest.raises(PilotError) as error:
+        _pilot(tiny_llama(num_layers=LAYERS), settings=PilotSettings(run_tokens=5000))
+    share = float(str(error.value).split("raise pilot_share to ")[1].split()[0])
+    found = _pilot(tiny_llama(num_layers=LAYERS), settings=PilotSettings(run_tokens=5000, share=share))
+    assert 0 < share - found.cost_share < 1e-3
 
 
 def test_what_cannot_be_learnt_is_no_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
