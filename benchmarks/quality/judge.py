@@ -111,15 +111,20 @@ def measured_at(kept: Mapping[int, float], cut: float) -> float:
     return float(np.interp(cut, sorted(kept), [kept[k] for k in sorted(kept)]))
 
 
+def _chosen(found: list[tuple[Curve, Array]], coverage: float) -> tuple[list[int], list[float]]:
+    """The cuts that retentions choose, and the shares of the depth that these are."""
+    cuts = [chosen_cut(retention_L, coverage) for _, retention_L in found]
+    return cuts, [cut / c.layers for (c, _), cut in zip(found, cuts, strict=True)]
+
+
 def kept_by(found: list[tuple[Curve, Array]], coverage: float) -> tuple[list[int], list[object]]:
     """The cuts that retentions choose, and cells: what they keep, and what a fixed cut at the same cost keeps.
 
     Args:
         found: a measured curve and the (L,) retention that can be relied on for it, lower end of a band or not.
     """
-    cuts = [chosen_cut(retention_L, coverage) for _, retention_L in found]
+    cuts, shares = _chosen(found, coverage)
     kept = [measured_at(c.retention(), cut) for (c, _), cut in zip(found, cuts, strict=True)]
-    shares = [cut / c.layers for (c, _), cut in zip(found, cuts, strict=True)]
     own = [float(np.interp(-coverage, *by_retention(c.retention()))) / c.layers for c, _ in found]
     fixed = float(np.mean(shares))
     same = [measured_at(c.retention(), fixed * c.layers) for c, _ in found]
@@ -131,5 +136,5 @@ def kept_by(found: list[tuple[Curve, Array]], coverage: float) -> tuple[list[int
 def costs_a_half(found: list[tuple[Curve, Array]]) -> float:
     """The coverage whose cuts cost as much in the mean as a half of the layers, as nearly as there is one."""
     levels = np.unique(np.concatenate([retention_L for _, retention_L in found]))
-    shares = [np.mean([chosen_cut(low_L, level) / c.layers for c, low_L in found]) for level in levels]
+    shares = [np.mean(_chosen(found, level)[1]) for level in levels]
     return float(levels[int(np.argmin(np.abs(np.array(shares) - 0.5)))])

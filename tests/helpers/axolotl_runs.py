@@ -36,6 +36,7 @@ UNINTERRUPTED = {
     "save_strategy": "steps",
     "save_steps": 2,
 }
+FULL_FINE_TUNING = dict.fromkeys(["adapter", "lora_r", "lora_alpha", "lora_target_linear"])  # overrides
 HELPERS = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent  # axolotl of this very environment
 # As modules, because an environment that is laid over another has no scripts of its own for these two.

@@ -107,11 +107,12 @@ class Witness(BasePlugin):
 
 
 def _changed(parameters: list[Any], base: dict[str, Any]) -> list[str]:
-    """Names of base weights that differ from those on the disk; there must be some that are the same."""
+    """Names of base weights that differ from those on the disk; those in 4 bits, which nothing trains, do not count."""
     saved = {}
     for name, parameter in parameters:
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if name in base:
             saved[name] = parameter
     assert len(saved) >= len(base) - 1, "names differ, so nothing is compared"  # a tied head has one name on the disk
-    return [n for n, p in saved.items() if not base[n].equal(p.detach().to(base[n].dtype))]
+    whole = {n: p for n, p in saved.items() if not hasattr(p, "quant_state")}
+    return [n for n, p in whole.items() if not base[n].equal(p.detach().to(base[n].dtype))]

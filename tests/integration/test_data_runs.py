@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axolotl_runs import make_dataset, plan_of, write_config
+from axolotl_runs import FULL_FINE_TUNING, make_dataset, plan_of, write_config
 from axolotl_turns import train_in_turn
 from example_stand_ins import trained_layers
 from image_data import image_options, make_image_model
 
 pytestmark = pytest.mark.slow
 
-FULL = dict.fromkeys(["adapter", "lora_r", "lora_alpha", "lora_target_linear"])
 GIVEN = {"layersel": {"first_layer": 2, "report": False}, "skip_prepare_dataset": True}
 SCORED = {"layersel": {"num_samples": 8, "report": False}}
 PACKED = {"sample_packing": True, "attn_implementation": "sdpa"}
 IMAGES: dict[str, dict[str, Any]] = {
     "images-lora": GIVEN,
-    "images-full": {**GIVEN, **FULL},
+    "images-full": {**GIVEN, **FULL_FINE_TUNING},
     "images-refused": {**SCORED, "skip_prepare_dataset": True},
     "images-prepared": SCORED,
     "text-with-processor": {**SCORED, **PACKED, "images": False, "sequence_len": 96},

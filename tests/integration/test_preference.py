@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axolotl_runs import instruction_rows, make_tokenizer, plan_of, write_config
+from axolotl_runs import FULL_FINE_TUNING, instruction_rows, make_tokenizer, plan_of, write_config
 from axolotl_turns import WITNESS, train_in_turn
 from datasets import Dataset
 from models import CASES
@@ -182,7 +182,7 @@ def write_runs(root: Path, model: Path) -> list[Path]:
         folder.mkdir()
         options: dict[str, Any] = {"chat_template": "jinja", "chat_template_jinja": CHAT} if rl == "orpo" else {}
         if mode == "full":
-            options |= dict.fromkeys(["adapter", "lora_r", "lora_alpha", "lora_target_linear"])
+            options |= FULL_FINE_TUNING
         if rl == "kto":
             options["remove_unused_columns"] = False
         if rl == "simpo":

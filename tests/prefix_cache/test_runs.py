@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from axolotl_runs import instruction_rows, make_dataset, make_model, write_config
+from axolotl_runs import FULL_FINE_TUNING, instruction_rows, make_dataset, make_model, write_config
 from axolotl_turns import WITNESS, train_in_turn
 from safetensors.torch import load_file
 
@@ -22,10 +22,10 @@ MODES: dict[str, dict[str, Any]] = {
     "lora": {"val_set_size": 0.2, "eval_strategy": "epoch", "gradient_checkpointing": False},
     "accumulated": {"gradient_accumulation_steps": 2, "group_by_length": True},
     "reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
-    "full": {"adapter": None, "lora_r": None, "lora_alpha": None, "lora_target_linear": None},
+    "full": FULL_FINE_TUNING,
     "qlora": {"adapter": "qlora", "load_in_4bit": True},
     "dpo": {"rl": "dpo"},
-    "full dpo": {"rl": "dpo", "adapter": None, "lora_r": None, "lora_alpha": None, "lora_target_linear": None},
+    "full dpo": {"rl": "dpo", **FULL_FINE_TUNING},
     "kto": {"rl": "kto", "remove_unused_columns": False},
     "simpo": {"rl": "simpo", "simpo_gamma": 0.5},
     "packed": {
