@@ -1,9 +1,9 @@
 """What can be measured before training on a real model: deviations of every state and row, gradients of every layer,
 and what the plugin itself makes of a sample of rows.
 
-Forward-only signals come from one pass in bfloat16 autocast over the calibration rows; sums are kept for each row. The
-gradients come from one backward pass through fresh adapters over the same rows: at initialisation only LoRA's B has
-one, and its L1 norm is what Adam's first step gains.
+Forward-only signals come from one pass in the precision of training over the calibration rows; sums are kept for each
+row. The gradients come from one backward pass through fresh adapters over the same rows: at initialisation only LoRA's
+B has one, and its L1 norm is what Adam's first step gains.
 """
 
 import copy
@@ -14,7 +14,7 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from students import Row, by_length, pad
+from students import Row, autocast, by_length, pad, precision
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -76,7 +76,7 @@ def forward_signals(model: PreTrainedModel, rows: list[Row]) -> dict[str, list[l
             before.append(h_ND)
 
         add("tokens", 0, torch.ones(len(row_N)))
-        with torch.autocast(device.type, torch.bfloat16, enabled=weight_VD.dtype == torch.bfloat16):
+        with autocast(model):
             read_states(stack, input_ids=ids, attention_mask=mask, reader=reader)
     return {name: [[float(f"{x:.5g}") for x in row] for row in table.tolist()] for name, table in sums.items()}
 
@@ -93,7 +93,7 @@ def gradient_signals(model: PreTrainedModel, rows: list[Row]) -> dict[str, list[
     for batch in by_length(labels, 8):
         ids = pad([torch.tensor(rows[r][0]) for r in batch], 0).to(device)
         targets = pad([labels[r] for r in batch], -100).to(device)[:, 1:]
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(student):
             hidden = stack.backbone(input_ids=ids).last_hidden_state[:, :-1][targets != -100]
             logits = stack.head(hidden).float()
         (F.cross_entropy(logits, targets[targets != -100], reduction="sum") / total).backward()
@@ -117,7 +117,7 @@ def choose(
     found, seconds = {}, {}
     for name, settings in (("forward", None), ("pilot", pilot)):
         started = time.process_time()
-        scored = score_layers(model, drawn, pilot=settings, seed=seed, autocast=torch.bfloat16)
+        scored = score_layers(model, drawn, pilot=settings, seed=seed, autocast=precision(model))
         seconds[name] = round(time.process_time() - started, 1)
         found[name] = asdict(scored.scores)
     return {"scores": found, "cpu_seconds": seconds}

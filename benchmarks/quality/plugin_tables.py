@@ -17,7 +17,7 @@ from axolotl_layersel.method.pilot_size import pilot_cut
 from axolotl_layersel.method.retention import RetentionLaw, forward_law, pilot_law, unlike_the_known
 from axolotl_layersel.plan_parts import Pilot
 
-FAMILIES = {"gemma-3-270m": "gemma3_text"}  # models whose family is another than the law's
+FAMILIES = {"gemma-3-270m": "gemma3_text", "qwen2.5-coder-0.5b": "qwen2"}  # of models that the law does not know
 BEYOND_POWERS = (0.3, 0.5, 0.7, 0.85, 1.0)
 
 

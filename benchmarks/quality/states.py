@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from students import Cached, Row, by_length, pad
+from students import Cached, Row, autocast, by_length, pad
 from tasks import Rows
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ def read_rows(folder: Path) -> Rows:
 
 @torch.no_grad()
 def write_states(model: PreTrainedModel, folder: Path, part: str, rows: list[Row], depths: list[int]) -> None:
-    """Runs the frozen model once over the rows, under the autocast of training, and keeps the states at `depths`."""
+    """Runs the frozen model once over the rows, in the precision of training, and keeps the states at `depths`."""
     stack, device = find_stack(model), next(model.parameters()).device
     model.eval()
     lengths = [len(ids) for ids, _ in rows]
@@ -46,7 +46,7 @@ def write_states(model: PreTrainedModel, folder: Path, part: str, rows: list[Row
                 for place, row in enumerate(batch):
                     flat[state][starts[row] : starts[row + 1]] = hidden_BTD[place, : lengths[row]].to(dtype).cpu()
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(model):
             read_states(stack, input_ids=ids, attention_mask=mask, reader=reader)
     for depth, tensor in flat.items():
         torch.save(tensor, folder / f"{part}-{depth}.part")

@@ -103,16 +103,27 @@ def run_batch(model: nn.Module, cached: Cached, cut: int, batch: list[int]) -> T
     return token_losses(model, cached, cut, batch)[0].sum()
 
 
+def precision(model: nn.Module) -> torch.dtype | None:
+    """What training and losses are cast to: bfloat16 for weights in it, nothing for float32."""
+    return torch.bfloat16 if find_stack(model).head.weight.dtype is torch.bfloat16 else None
+
+
+def autocast(model: nn.Module) -> torch.autocast:
+    """The precision of training and of losses."""
+    dtype = precision(model)
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def scored(cached: Cached, batch: list[int]) -> int:
     return sum(int((cached.labels[r][1:] != IGNORED).sum()) for r in batch)
 
 
 @torch.no_grad()
 def row_losses(model: nn.Module, cached: Cached, cut: int) -> list[float]:
-    """Summed cross-entropy of each row in nats, in bfloat16 autocast as in training."""
+    """Summed cross-entropy of each row in nats, in the precision of training."""
     model.eval()
     found = [0.0] * len(cached.labels)
-    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+    with autocast(model):
         for batch in by_length(cached.labels, 16):
             losses, row_N = token_losses(model, cached, cut, batch)
             sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, row_N.cpu(), losses.double().cpu())
@@ -122,7 +133,7 @@ def row_losses(model: nn.Module, cached: Cached, cut: int) -> list[float]:
 
 
 def heldout_loss(model: nn.Module, cached: Cached, cut: int) -> float:
-    """Nats for each scored token, in bfloat16 autocast as in training, summed in float64."""
+    """Nats for each scored token, in the precision of training, summed in float64."""
     return sum(row_losses(model, cached, cut)) / scored(cached, list(range(len(cached.labels))))
 
 
@@ -177,12 +188,11 @@ def trainable(
 def finetune(
     student: nn.Module, train: Cached, *, cut: int, learning_rate: float, seed: int, steps: int, rows: int
 ) -> list[float]:
-    """AdamW, 5 % warm-up, cosine to zero, gradient norm 1, bfloat16 autocast; rows in an order that the seed draws.
+    """AdamW, 5 % warm-up, cosine to zero, gradient norm 1; rows in an order that the seed draws.
 
     Returns:
         The loss of every step's batch, before that step.
     """
-    device = next(student.parameters()).device
     optimizer = torch.optim.AdamW(
         [p for p in student.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0, fused=True
     )
@@ -198,7 +208,7 @@ def finetune(
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = order[step * rows : (step + 1) * rows]
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(student):
             loss = run_batch(student, train, cut, batch) / scored(train, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)
