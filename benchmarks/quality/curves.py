@@ -145,5 +145,12 @@ def curves(runs: list[Run], signals: list[dict[str, Any]]) -> Iterable[Curve]:
         found = dict(by_pair.get((model, task), {}))
         if "row_loss" in base:
             found["base"] = base
-        layers = len(found["rows"]["cosine"][0]) - 1 if "rows" in found else 1 + max(run["index"] for run in mine)
-        yield Curve(model, task, layers, base["loss"], mine, found)
+        yield Curve(model, task, _layers(mine, found), base["loss"], mine, found)
+
+
+def _layers(runs: list[Run], signals: dict[str, Any]) -> int:
+    """Of the model, by what was measured at every layer; without that by the runs, one of which trains the last."""
+    if "rows" in signals:
+        return len(signals["rows"]["cosine"][0]) - 1
+    said = (len(run["scores"]["forward"]["descent"]) for run in runs if run["kind"] == "choice")
+    return next(said, 1 + max(run["index"] for run in runs))

@@ -83,10 +83,12 @@ def show_blocks(curves: list[Curve]) -> None:
     """Layers trained alone, with everything above and below frozen, as a share of what all layers gain."""
     rows: list[list[object]] = []
     for c in curves:
+        if not (kept := c.retention()):
+            continue
         alone: dict[tuple[int, int], list[Run]] = {}
         for run in c.of(kind="block", steps=c.steps, seed=0):
             alone.setdefault((run["index"], run["last"]), []).append(run)
-        gain, kept = c.base - c.best()[0][0]["loss"], c.retention()
+        gain = c.base - c.best()[0][0]["loss"]
         for (first, last), runs in sorted(alone.items()):
             run = min(runs, key=lambda r: r["loss"])
             share = (c.base - run["loss"]) / gain

@@ -213,6 +213,16 @@ def test_rows_that_agree_have_no_noise(tmp_path: Path) -> None:
     assert made_up_runs(tmp_path).row_noise(4) == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_model_s_layers_are_known_by_what_the_plugin_said(asked: bool) -> None:
+    common = {"model": "m", "task": "t", "loss": 4.0}
+    runs = [{**common, "kind": kind, "index": index} for kind, index in (("base", -1), ("cut", 0), ("cut", 4))]
+    if asked:
+        runs.append({**common, "kind": "choice", "index": 0, "scores": {"forward": {"descent": [0.1] * 10}}})
+    (curve,) = curves.curves(runs, [])
+    assert curve.layers == (10 if asked else 5)
+
+
 def test_saved_evidence_reads_the_same(tmp_path: Path) -> None:
     import analyse
 
